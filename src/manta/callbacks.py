@@ -1,0 +1,110 @@
+"""What happens around the training loop: when to save, when to stop, what to tell Ray and the driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from manta.runs import METRIC, checkpoint_path
+
+if TYPE_CHECKING:
+    from manta.trainer import MantaTrainer
+
+
+class SaveOnBestMetricCallback(TrainerCallback):
+    """Ask for a checkpoint when an evaluation is the best so far."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        value = metrics.get(args.metric_for_best_model or METRIC)
+        if value is None:
+            return
+        best = state.best_metric
+        if best is None or (value > best if args.greater_is_better else value < best):
+            control.should_save = True
+
+
+class SaveForResumeCallback(TrainerCallback):
+    """Ask for a checkpoint every `save_steps` and at the end, better or not: what a restart goes on from.
+
+    With `stop_at_step`, also save there and leave.
+    """
+
+    def __init__(self, save_steps: int, stop_at_step: int | None, evaluate_at_end: bool):
+        self.save_steps, self.stop_at_step, self.evaluate_at_end = save_steps, stop_at_step, evaluate_at_end
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if self.stop_at_step and state.global_step >= self.stop_at_step:
+            control.should_training_stop = True
+        if last or control.should_training_stop or state.global_step % self.save_steps == 0:
+            control.should_save = True
+        if last and self.evaluate_at_end:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_training_stop:  # early stopping, which stands before this callback
+            control.should_save = True
+
+
+class RayTrainReportCallback(TrainerCallback):
+    """Register each checkpoint with Ray Train, which then resumes from it and deletes old ones.
+
+    Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
+    their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from ray import train
+
+        path = checkpoint_path(Path(args.output_dir or "."), state.global_step)
+        metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+        for log in state.log_history:
+            if log.get("step") == state.global_step:
+                metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
+        train.report(
+            metrics,
+            checkpoint=train.Checkpoint.from_directory(path),
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+class ProgressCallback(TrainerCallback):
+    """Send steps, log lines and saves to the driver's mailbox, without waiting for it."""
+
+    def __init__(self, mailbox: Any, trainer: MantaTrainer, attempt: int):
+        self.mailbox, self.trainer, self.attempt = mailbox, trainer, attempt
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The library counts epochs from this call's own loader, which starts anew after a resume.
+        state.epoch = round(self.trainer.order.epochs(state.global_step), 4)
+        self._send(kind="step", step=state.global_step, rank=args.process_index, tokens=self.trainer.tokens)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            plain = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+            self._send(kind="log", step=state.global_step, attempt=self.attempt, **plain)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._send(kind="checkpoint", step=state.global_step, attempt=self.attempt)
+
+    def _send(self, **message: Any) -> None:
+        if self.mailbox is not None:
+            self.mailbox.put.remote(message)

@@ -1,0 +1,139 @@
+"""What a checkpoint is: written by all ranks, closed by a manifest, verified before use, loaded into any world size.
+
+    checkpoint_00000060/
+        model/                   LoRA: the adapter in PEFT's format; full: sharded safetensors with their config
+        optimizer/               torch.distributed.checkpoint, keyed by parameter name
+        scheduler.json, trainer_state.json    the latter with the callbacks' state, so that patience survives
+        position.json            step, samples consumed, seed: the data order and all randomness follow from these
+        manifest.json            sizes, SHA-256, metrics; written last
+
+Every function here is collective: all ranks call it, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from manta import manifest
+from manta.model import WEIGHTS
+
+if TYPE_CHECKING:
+    from manta.trainer import MantaTrainer
+
+OPTIMIZER = "optimizer"
+SCHEDULER = "scheduler.json"
+POSITION = "position.json"
+TRAINER_STATE = "trainer_state.json"
+
+
+def save(trainer: MantaTrainer, folder: Path, metrics: dict[str, float], about: dict[str, Any]) -> None:
+    """Write everything that a run needs to go on exactly, each rank its own files."""
+    from transformers.distributed.checkpoint import save_optimizer_distributed
+
+    first = _rank() == 0
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left of the same step
+        folder.mkdir(parents=True)
+    barrier()
+    _save_weights(trainer.model, folder / WEIGHTS, first)
+    save_optimizer_distributed(trainer.model, trainer.optimizer.optimizer, str(folder / OPTIMIZER))
+    step = trainer.state.global_step
+    if first:
+        manifest.write_json(folder / SCHEDULER, trainer.lr_scheduler.state_dict())
+        trainer.state.save_to_json(str(folder / TRAINER_STATE))
+        position = {
+            "step": step,
+            "samples": step * trainer.order.micro_batches * trainer.order.batch,
+            "seed": trainer.order.seed,
+            "rng": "reseeded from (seed, step, micro-batch); there is no other state",
+        }
+        manifest.write_json(folder / POSITION, position)
+    barrier()
+    files = _digest_together(folder)
+    if first:
+        manifest.close(folder, files, {"kind": "checkpoint", "step": step, "metrics": metrics, **about})
+    barrier()
+
+
+def load_optimizer(trainer: MantaTrainer, folder: Path) -> None:
+    """Put optimizer and scheduler back as they were, for this world size."""
+    from transformers.distributed.checkpoint import load_optimizer_distributed
+
+    load_optimizer_distributed(trainer.model, trainer.optimizer.optimizer, str(folder / OPTIMIZER))
+    trainer.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+
+
+def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from: `preferred`, or the newest of `others` if it is damaged. Rank 0 decides for all.
+
+    Returns it, and a line for each checkpoint passed over. Verified by hash: the optimizer's index is a pickle, and
+    flipped bits in weights load without complaint.
+    """
+    decision: list[Any] = [None, []]
+    if _rank() == 0:
+        candidates = [preferred] if preferred else []
+        candidates += sorted((path for path in others if path != preferred), reverse=True)
+        for path in candidates if preferred else []:
+            problem = manifest.damage(path)
+            if problem is None:
+                decision[0] = path
+                break
+            decision[1].append(f"{path.name} is not used: {problem}")
+    if dist.is_initialized():
+        dist.broadcast_object_list(decision, src=0)
+    return decision[0], decision[1]
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _save_weights(model: Any, folder: Path, first: bool) -> None:
+    if hasattr(model, "peft_config"):
+        if first:  # adapters are replicated: one rank holds all there is
+            _save_adapter(model, folder)
+    elif getattr(model, "is_distributed_loading_by_transformers", False):
+        model.save_pretrained(str(folder), distributed_checkpoint=True)
+    elif first:
+        model.save_pretrained(str(folder))
+    barrier()
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """In PEFT's format. Its own `save_pretrained` also writes a model card, for which it asks the hub."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(str(folder))
+
+
+def _digest_together(folder: Path) -> manifest.FileDigests:
+    """Digests of all files, each hashed by one rank. The gather is also the barrier before the manifest."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    files: manifest.FileDigests = {}
+    for part in gather(manifest.digests(folder, names[_rank() :: world])):
+        files |= part
+    return dict(sorted(files.items()))

@@ -1,0 +1,224 @@
+"""The command line: one verb per stage. Flags are made from the config's own fields, so that neither can drift.
+
+Only what help needs is imported at the top; each verb imports its stage when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic.fields import FieldInfo
+
+from manta import __version__
+from manta.config import Config, HFDatasetConfig, merged, read_recipe
+from manta.errors import ConfigError, TrainingError, UserError
+
+# First field of each section of `manta train --help`.
+SECTIONS = {
+    "hf_model_id": "Model",
+    "objective": "Training",
+    "full_ft": "LoRA",
+    "logging_steps": "Evaluation, early stopping, checkpoints",
+    "data_dir": "Data",
+    "hfdc_dataset_name": "Dataset",
+    "device": "Ray and FSDP",
+    "results_dir": "Output",
+}
+
+
+class SectionedCommand(click.Command):
+    """Help with the options under headings, in the order of the config."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        heading = "Options"
+        rows: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            if parameter.name in SECTIONS:
+                self._section(formatter, heading, rows)
+                heading, rows = SECTIONS[parameter.name], []
+            if record := parameter.get_help_record(ctx):
+                rows.append(record)
+        self._section(formatter, heading, rows)
+
+    @staticmethod
+    def _section(formatter: click.HelpFormatter, heading: str, rows: list[tuple[str, str]]) -> None:
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def option(name: str, field: FieldInfo) -> click.Option:
+    """The flag of a config field. Values stay text: the config parses and checks them, and names what is wrong."""
+    default = field.get_default(call_default_factory=True)
+    shown = f"  [{default!r}]" if isinstance(default, str) else f"  [{default}]" if default not in (None, {}) else ""
+    if isinstance(default, bool):  # both `--full_ft` and `--full_ft False`
+        return click.Option(
+            [f"--{name}"], is_flag=False, flag_value="true", metavar="[BOOL]", help=f"{field.description}{shown}"
+        )
+    metavar = {int: "N", float: "X"}.get(type(default), "TEXT")
+    return click.Option([f"--{name}"], metavar=metavar, help=f"{field.description}{shown}")
+
+
+def config_options() -> list[click.Parameter]:
+    options: list[click.Parameter] = [
+        click.Option(["--config"], metavar="RECIPE.yaml", help="Settings from a YAML file; flags win over it")
+    ]
+    for name, field in Config.model_fields.items():
+        if name == "hf_dataset_config":
+            options += [option(f"hfdc_{nested}", about) for nested, about in HFDatasetConfig.model_fields.items()]
+        else:
+            options.append(option(name, field))
+    return options
+
+
+def config_from_flags(flags: dict[str, Any]) -> Config:
+    """Defaults, then the recipe, then flags. Raises ConfigError."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = given.pop("config", None)
+    overrides: dict[str, Any] = {}
+    for name, value in given.items():
+        if name.startswith("hfdc_"):
+            overrides.setdefault("hf_dataset_config", {})[name.removeprefix("hfdc_")] = value
+        else:
+            overrides[name] = value
+    return Config.from_dict(merged(read_recipe(recipe) if recipe else {}, overrides))
+
+
+class Manta(click.Group):
+    """Prints errors that are messages as messages, with the exit code they stand for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"manta: {error}", err=True)
+            ctx.exit(2)
+        except TrainingError as error:
+            click.echo(f"manta: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(
+    cls=Manta,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    epilog="Start with: manta demo",
+)
+@click.version_option(__version__, prog_name="manta")
+def main() -> None:
+    """Fine-tune Hugging Face causal language models on Ray.
+
+    The stages run in this order; each leaves a folder that the next one reads.
+    """
+
+
+def _train(**flags: Any) -> None:
+    """Prepare data, fine-tune, keep the best checkpoint. The same command after a kill goes on where it was."""
+    config = config_from_flags(flags)
+    from manta.report import print_summary
+    from manta.train import train
+
+    print_summary(train(config))
+
+
+def _prepare(**flags: Any) -> None:
+    """Prepare data only: split, render and tokenize into a folder that `manta train` reuses."""
+    config = config_from_flags(flags)
+    from manta.train import prepare_only
+
+    click.echo(prepare_only(config))
+
+
+for _verb, _function in (("train", _train), ("prepare", _prepare)):
+    main.add_command(SectionedCommand(_verb, callback=_function, params=config_options(), help=_function.__doc__))
+
+
+RUN = click.option(
+    "--run", metavar="FOLDER", help="The run; default: the only one of --base_model in --checkpoints_dir"
+)
+BASE_MODEL = click.option("--base_model", metavar="TEXT", help="The model that was tuned, as it was given to train")
+CHECKPOINTS_DIR = click.option("--checkpoints_dir", default="results", help="Folder of all runs  ['results']")
+FULL_FT = click.option(
+    "--full_ft", type=bool, is_flag=False, flag_value=True, help="Look at full fine-tuning runs only"
+)
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute")
+
+
+@main.command()
+@RUN
+@BASE_MODEL
+@CHECKPOINTS_DIR
+@FULL_FT
+@click.option("--output_dir", metavar="FOLDER", help="Where to write; default: export (or adapter) in the run's folder")
+@click.option("--no_merge", type=bool, is_flag=False, flag_value=True, default=False, help="Keep a LoRA adapter apart")
+def convert(
+    run: str | None,
+    base_model: str | None,
+    checkpoints_dir: str,
+    full_ft: bool | None,
+    output_dir: str | None,
+    no_merge: bool,
+) -> None:
+    """Write a run's best checkpoint as a Hugging Face model folder."""
+    from manta import runs
+    from manta.convert import convert as convert_run
+
+    found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
+    click.echo(convert_run(found, Path(output_dir) if output_dir else None, merge=not no_merge))
+
+
+@main.command()
+@RUN
+@BASE_MODEL
+@CHECKPOINTS_DIR
+@FULL_FT
+@DEVICE
+@click.option("--test_path", metavar="FILE", help="JSONL with input and output; default: the run's own test split")
+@click.option("--max_samples", type=click.IntRange(1), default=1024, help="Most rows to score  [1024]")
+@click.option("--max_tokens", type=click.IntRange(1), default=512, help="Most tokens of one answer  [512]")
+@click.option("--batch_size", type=click.IntRange(1), default=128, help="Rows generated at once  [128]")
+@click.option("--temperature", type=click.FloatRange(0), default=0.1, help="0: always the likeliest token  [0.1]")
+@click.option("--top_p", type=click.FloatRange(0, 1), default=0.95, help="Sample from this much probability  [0.95]")
+@click.option("--top_k", type=int, default=-1, help="Sample from the k likeliest; -1: all  [-1]")
+@click.option("--max_model_len", type=click.IntRange(2), default=8192, help="Longest prompt and answer  [8192]")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Precision  [auto]")
+@click.option("--tensor_parallel_size", type=int, help="Accepted for the guide's sake; for vLLM only")
+@click.option("--gpu_memory_utilization", type=float, help="Accepted for the guide's sake; for vLLM only")
+def evaluate(
+    run: str | None, base_model: str | None, checkpoints_dir: str, full_ft: bool | None, **options: Any
+) -> None:
+    """Score the base model and the tuned one on the held-out test split: loss and exact match."""
+    from manta import runs
+    from manta.evaluate import Sampling, print_table
+    from manta.evaluate import evaluate as evaluate_run
+
+    for name in ("tensor_parallel_size", "gpu_memory_utilization"):
+        if options.pop(name) is not None:
+            click.echo(f"manta: --{name} has no effect: answers come from transformers, not vLLM.", err=True)
+    found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
+    where = {name: options.pop(name) for name in ("test_path", "max_samples", "batch_size", "device", "dtype")}
+    print_table(evaluate_run(found, sampling=Sampling(**options), **where))
+
+
+@main.command()
+@click.option("--folder", default="demo", help="Where everything goes  ['demo']")
+@click.option("--num_workers", type=click.IntRange(1), default=2, help="Training workers  [2]")
+def demo(folder: str, num_workers: int) -> None:
+    """The whole of Manta in five minutes on two CPU cores, without any download.
+
+    Makes a small base model, pre-trains it for a moment, fine-tunes it with LoRA on two workers with FSDP, merges, and
+    compares base and tuned.
+    """
+    from manta.demo import run_demo
+
+    run_demo(Path(folder), num_workers)
+
+
+def run_verb(verb: str) -> None:
+    """`manta VERB` with this process's arguments: what the guide's scripts call."""
+    main([verb, *sys.argv[1:]], prog_name=f"manta {verb}" if "-h" in sys.argv else None)
+
+
+__all__ = ["ConfigError", "main", "run_verb"]

@@ -1,0 +1,92 @@
+"""The Ray cluster under a run: one of our own, or one to join; what it has, and whether that is enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from manta.config import Config
+from manta.errors import UserError
+
+# The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
+_HEALTH_CHECK_INTERVAL_S = "0.25"
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_INTERVAL_S)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address=config.ray_address,
+            include_dashboard=None if config.ray_address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError) as error:
+        where = config.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise UserError(
+            f"No Ray cluster at {where}: {error}. Start one with `ray start --head`, or leave out --ray_address for a "
+            "cluster of Manta's own on this machine."
+        ) from error
+    try:
+        for name in ("ray.data", "ray.train", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def device(config: Config) -> str:
+    """cuda or cpu, as asked and as the cluster has it. Raises UserError if cuda is asked for and there is none."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and not gpus:
+        raise UserError("--device cuda, but the Ray cluster has no GPU. Use --device cpu, or join a cluster with GPUs.")
+    if config.device == "auto":
+        return "cuda" if gpus else "cpu"
+    return config.device
+
+
+def workers(config: Config, on: str) -> int:
+    """How many workers to start: as asked, else one per GPU, else 1."""
+    import ray
+
+    return config.num_workers or (int(ray.cluster_resources().get("GPU", 0)) if on == "cuda" else 1)
+
+
+def resources_per_worker(config: Config, on: str) -> dict[str, float]:
+    """What one worker reserves: as asked, else a GPU and a CPU, or a CPU."""
+    return config.resources_per_worker or ({"CPU": 1.0, "GPU": 1.0} if on == "cuda" else {"CPU": 1.0})
+
+
+def check_fits(count: int, each: dict[str, float]) -> None:
+    """Raises UserError if the cluster's nodes cannot hold `count` workers, which Ray would wait for without an end."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes)
+    if room < count:
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in each}
+        raise UserError(
+            f"{count} workers × {each} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
+            "Lower --num_workers or --resources_per_worker."
+        )
+
+
+def check_device_before_start(config: Config) -> None:
+    """Raises UserError if cuda is asked for on a cluster of our own and this machine has no GPU; starts nothing."""
+    if config.device == "cuda" and not config.ray_address and not os.environ.get("RAY_ADDRESS"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda, but this machine has no GPU that torch can use. Use --device cpu or auto.")

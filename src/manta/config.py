@@ -1,0 +1,315 @@
+"""Every setting of Manta, with its default and one line of help.
+
+A leaf of the import graph: neither torch nor ray nor transformers is imported here, so that `manta --help` is quick
+and a config can be checked anywhere. Both classes are frozen and validated at construction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from manta.errors import ConfigError
+
+ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
+
+
+def template_fields(template: str) -> list[str]:
+    """Field names in `template`, in order: `"Q: {question}"` → `["question"]`. Raises ValueError if malformed."""
+    fields = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"{{{name}}} is not a plain field name; write {{field}}, and {{{{ }}}} for literal braces")
+        fields.append(name)
+    return fields
+
+
+class HFDatasetConfig(BaseModel):
+    """Where the rows come from and how a row becomes an input (masked) and an output (trained)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset_name: str = Field(
+        "cognitivecomputations/dolphin",
+        min_length=1,
+        description="Hub name, a .json/.jsonl/.csv/.parquet file, a folder of them, or a save_to_disk folder",
+    )
+    dataset_config: str | None = Field(None, description="Subset of a hub dataset, such as flan1m-alpaca-uncensored")
+    split: str = Field("train", min_length=1, description="Which split of the source is divided into ours")
+    train_split_ratio: float = Field(0.9, gt=0, le=1, description="Share of rows to train on; 1.0 means no evaluation")
+    val_test_split_ratio: float = Field(0.5, ge=0, le=1, description="Of the other rows, the test split's share")
+    input_template: str = Field(
+        "### Instruction:\n{instruction}\n### Input:\n{input}\n### Response:\n",
+        description="Prompt of a row, with {field}s; \\n and \\t are understood",
+    )
+    output_template: str = Field(
+        "{output}", min_length=1, description="Answer of a row, with {field}s: what is trained"
+    )
+    field_mapping: dict[str, str] = Field(
+        default_factory=dict, description='JSON: template field → column, such as {"input": "context"}'
+    )
+    num_proc: int = Field(8, ge=1, description="Most processes that prepare data at once")
+
+    @field_validator("input_template", "output_template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        # A shell hands over backslash and n as two characters; nobody means those two.
+        template = template.replace("\\n", "\n").replace("\\t", "\t")
+        template_fields(template)
+        return template
+
+    @field_validator("field_mapping", mode="before")
+    @classmethod
+    def _parse_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'is not JSON ({error}); write it as \'{{"input": "context"}}\'') from error
+
+    @model_validator(mode="after")
+    def _check_mapping(self) -> Self:
+        fields = template_fields(self.input_template) + template_fields(self.output_template)
+        if unused := set(self.field_mapping) - set(fields):
+            raise ValueError(f"field_mapping maps {sorted(unused)}, which neither template uses (they use {fields})")
+        return self
+
+
+class Config(BaseModel):
+    """One run of Manta. `to_dict` and `from_dict` round-trip; the run's folder holds the resolved config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # --- Model
+    hf_model_id: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: hub name or local folder")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute precision; auto: bfloat16 on CUDA, float32 on CPU. What is trained stays float32"
+    )
+    attn_implementation: str = Field(
+        "auto", description="auto, sdpa, eager, flash_attention_2; auto: flash_attention_2 if installed, else sdpa"
+    )
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
+
+    # --- Training
+    objective: Literal["sft", "cpt"] = Field(
+        "sft", description="sft: train on outputs; cpt: continual pre-training, every token is a target"
+    )
+    max_steps: int = Field(10000, ge=1, description="Optimizer steps")
+    num_train_epochs: float | None = Field(None, gt=0, description="Passes over the data; if set, replaces max_steps")
+    stop_at_step: int | None = Field(
+        None, ge=1, description="Save and leave after this step; the same command without it goes on"
+    )
+    max_seq_length: int = Field(2048, ge=2, description="Longest sample, in tokens")
+    overlong_policy: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="Samples over max_seq_length: cut the end, leave out (counted), or stop"
+    )
+    per_device_train_batch_size: int = Field(2, ge=1, description="Rows of one micro-batch")
+    per_device_eval_batch_size: int = Field(2, ge=1, description="Rows of one evaluation batch")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="Micro-batches per worker and step")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate")
+    min_learning_rate: float = Field(1e-6, ge=0, description="Where the cosine schedule ends")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps that warm up")
+    warmup_steps: int | None = Field(None, ge=0, description="Steps that warm up; if set, replaces warmup_ratio")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0: never")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Shape of the learning rate after warm-up"
+    )
+    optim: str = Field("adamw_torch_fused", description="Optimizer, by its transformers name")
+    seed: int = Field(16257, ge=0, description="Seed of split, order, initialisation and dropout")
+
+    # --- LoRA
+    full_ft: bool = Field(False, description="Train every weight instead of LoRA adapters")
+    lora_rank: int = Field(32, ge=1, description="Rank of the adapters")
+    lora_alpha: int = Field(32, ge=1, description="Scale: adapters are multiplied by alpha / rank")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout before the adapters")
+    lora_target_modules: str = Field(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        min_length=1,
+        description="Modules that get adapters, comma-separated, or all-linear",
+    )
+
+    # --- Evaluation, early stopping, checkpoints
+    logging_steps: int = Field(10, ge=1, description="Steps between log lines")
+    eval_steps: int = Field(100, ge=0, description="Steps between evaluations; 0: never, which ends early stopping too")
+    max_eval_samples: int = Field(640, ge=1, description="Most validation rows per evaluation")
+    early_stopping_patience: int = Field(
+        3, ge=0, description="Evaluations without improvement before the end; 0: never"
+    )
+    early_stopping_threshold: float = Field(0.001, ge=0, description="Smallest fall of eval_loss that is improvement")
+    save_steps: int = Field(100, ge=1, description="Steps between checkpoints; a best one is saved besides")
+    save_total_limit: int = Field(2, ge=1, description="Best checkpoints kept; the newest is kept besides")
+
+    # --- Data
+    data_dir: str = Field(
+        "prepared", min_length=1, description="Where prepared data is kept, one folder per fingerprint"
+    )
+    dataloader_num_workers: int = Field(
+        4, ge=0, description="Most loader processes per worker; a worker with one CPU loads in its own process"
+    )
+    hf_dataset_config: HFDatasetConfig = Field(default_factory=HFDatasetConfig, description="The data (--hfdc_… flags)")
+
+    # --- Ray and FSDP
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if the cluster has GPUs, else cpu")
+    num_workers: int | None = Field(None, ge=1, description="Training workers; default: one per GPU, or 1 on CPU")
+    nominal_workers: int | None = Field(
+        None, ge=1, description="Workers that gradient_accumulation_steps counts for; kept from the run's first start"
+    )
+    resources_per_worker: dict[str, float] = Field(
+        default_factory=dict, description='JSON: what a worker reserves, such as {"CPU": 4, "GPU": 1}'
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "SPREAD", description="How Ray places workers on nodes"
+    )
+    ray_address: str | None = Field(None, description="Ray cluster to join (auto, ip:port); default: one of our own")
+    sharding_strategy: ShardingStrategy = Field(
+        "FULL_SHARD", description="FSDP: shard all; keep weights gathered; shard within nodes; plain DDP"
+    )
+    fsdp_cpu_offload: bool = Field(False, description="Keep sharded weights in host memory between uses")
+    max_failures: int = Field(2, ge=0, description="Restarts of the workers after a failure")
+    torch_timeout_s: int = Field(7200, ge=1, description="Time limit of one collective operation, in seconds")
+
+    # --- Output
+    results_dir: str = Field("results", min_length=1, description="Folder of all runs")
+    run_name: str | None = Field(None, description="Folder of this run in results_dir; default: model and fingerprint")
+    logging_dir: str | None = Field(None, description="TensorBoard's folder; default: tensorboard in the run's folder")
+    report_to: str = Field("none", min_length=1, description="tensorboard, wandb, mlflow (comma-separated), or none")
+    use_wandb: bool = Field(False, description="Same as adding wandb to --report_to")
+
+    @field_validator("resources_per_worker", mode="before")
+    @classmethod
+    def _parse_resources(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("run_name")
+    @classmethod
+    def _check_run_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("may hold letters, digits, '.', '_' and '-', and starts with a letter or digit")
+        return name
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
+            )
+        if self.objective == "cpt" and not self.hf_dataset_config.output_template:
+            raise ValueError("objective cpt trains on output_template; set it, such as {text}")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is a validation split that is looked at during training."""
+        return self.eval_steps > 0 and self.hf_dataset_config.train_split_ratio < 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only: what JSON, YAML and Ray can carry."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Leaves `values` as it is. Raises ConfigError, one line per wrong setting."""
+        for keys, model, where in (
+            (values, cls, ""),
+            (values.get("hf_dataset_config") or {}, HFDatasetConfig, "hf_dataset_config."),
+        ):
+            if not isinstance(keys, Mapping):
+                raise ConfigError(f"{where.rstrip('.')} must be a mapping of settings, not {keys!r}.")
+            for key in keys:
+                if key not in model.model_fields:
+                    raise ConfigError(f"Unknown setting {where}{key}.{did_you_mean(str(key))}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML recipe; `overrides` (same keys, `hf_dataset_config` merged key by key) win over it."""
+        return cls.from_dict(merged(read_recipe(path), overrides or {}))
+
+    def dump(self) -> str:
+        """YAML that `load` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over every setting that shapes the trained weights; where and on what it runs is left out."""
+        shaping = _shaping(self)
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: Config) -> list[str]:
+        """Settings that shape the trained weights and differ, as `name: ours → theirs`."""
+        ours, theirs = _shaping(self), _shaping(other)
+        return [f"{key}: {ours[key]!r} → {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+
+
+# Settings that say where and on what a run goes on, how often it is looked at, or when it pauses: a run may be
+# resumed with others. eval_steps and save_steps shape early stopping and what is kept, not the weights at a step.
+NOT_SHAPING = frozenset(
+    (
+        *("stop_at_step", "logging_steps", "save_steps", "save_total_limit", "max_failures", "torch_timeout_s"),
+        *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
+        *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation"),
+        *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
+        *("dataloader_num_workers", "per_device_eval_batch_size"),
+    )
+)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `setting: value` lines, not {type(values).__name__}.")
+    return values
+
+
+def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `overrides` on top; the nested data settings are merged key by key. Neither argument is altered."""
+    result = {**base, **overrides}
+    nested = [part.get("hf_dataset_config") for part in (base, overrides)]
+    if all(isinstance(part, Mapping) for part in nested):
+        result["hf_dataset_config"] = {**nested[0], **nested[1]}  # type: ignore[dict-item]
+    return result
+
+
+def did_you_mean(key: str) -> str:
+    """` Did you mean …?` for the nearest setting, or a pointer to the list."""
+    names = {name: f"hf_dataset_config.{name}" for name in HFDatasetConfig.model_fields}
+    names |= {name: name for name in Config.model_fields}
+    wanted = key.replace("-", "_").removeprefix("hfdc_").removeprefix("hf_dataset_config.")
+    nearest = difflib.get_close_matches(wanted, names, n=1)
+    return f" Did you mean {names[nearest[0]]}?" if nearest else " `manta train --help` lists them all."
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {problem['input']!r})" if where else message
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+    values = config.to_dict()
+    data = {f"hf_dataset_config.{key}": value for key, value in values.pop("hf_dataset_config").items()}
+    return {key: value for key, value in (values | data).items() if key.split(".")[-1] not in NOT_SHAPING}

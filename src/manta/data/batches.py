@@ -1,0 +1,117 @@
+"""Which rows a step consumes, in which micro-batch, on which rank: the same whatever the number of workers.
+
+A step owns M micro-batches of B rows. Its rows are the next M·B of an endless stream of permutations, one per epoch,
+keyed by (seed, epoch), so that the position is a function of the step alone. Micro-batch j belongs to rank j mod W;
+where M is not a multiple of W, the ranks without one get a fully masked row, which token-normalised loss weighs 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from manta.data.tokenize import IGNORE
+
+MASKED = -1  # the row that fills a micro-batch nobody owns
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The global order of samples: `rows` in the dataset, `batch` rows a micro-batch, `micro_batches` a step."""
+
+    rows: int
+    batch: int
+    micro_batches: int
+    seed: int
+
+    def micro_batch(self, step: int, index: int) -> list[int]:
+        """Rows of micro-batch `index` (0 … M-1) of step `step` (0-based), B of them."""
+        first = (step * self.micro_batches + index) * self.batch
+        return [self._row(position) for position in range(first, first + self.batch)]
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, self.rows)
+        return int(_permutation(self.seed, epoch, self.rows)[offset])
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step * self.micro_batches * self.batch / self.rows
+
+
+class TrainBatches(Sampler[list[int]]):
+    """This rank's micro-batches from step `start` to step `steps`, ceil(M / W) of them a step."""
+
+    def __init__(self, order: SampleOrder, start: int, steps: int, rank: int, world_size: int):
+        self.order, self.start, self.steps, self.rank, self.world_size = order, start, steps, rank, world_size
+        self.per_step = -(-order.micro_batches // world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.steps):
+            for slot in range(self.per_step):
+                index = slot * self.world_size + self.rank
+                yield self.order.micro_batch(step, index) if index < self.order.micro_batches else [MASKED]
+
+    def __len__(self) -> int:
+        # Counted from step 0 also after a resume: the Trainer derives steps per epoch from it.
+        return self.steps * self.per_step
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Rows 0 … rows-1 in order, batch b on rank b mod W; every rank gets as many batches (FSDP gathers in each)."""
+
+    def __init__(self, rows: int, batch: int, rank: int, world_size: int):
+        self.rows, self.batch, self.rank, self.world_size = rows, batch, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for slot in range(len(self)):
+            first = (slot * self.world_size + self.rank) * self.batch
+            yield list(range(first, min(first + self.batch, self.rows))) or [MASKED]
+
+    def __len__(self) -> int:
+        return -(-self.rows // (self.batch * self.world_size))
+
+
+class Rows(Dataset):
+    """Tokenized rows by index; MASKED gives a row of one token that trains nothing."""
+
+    def __init__(self, samples: Any):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == MASKED:
+            return {"row": MASKED, "input_ids": [0], "labels": [IGNORE]}
+        sample = self.samples[index]
+        return {"row": index, "input_ids": sample["input_ids"], "labels": sample["labels"]}
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad to the longest row: input_ids, labels and attention_mask of shape (batch, length), rows of shape (batch,)."""
+    length = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, row in enumerate(rows):
+        size = len(row["input_ids"])
+        input_ids[i, :size] = torch.as_tensor(row["input_ids"])
+        labels[i, :size] = torch.as_tensor(row["labels"])
+        attention_mask[i, :size] = 1
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "attention_mask": attention_mask,
+        "rows": torch.tensor([row["row"] for row in rows]),
+    }

@@ -1,0 +1,133 @@
+"""From text to token ids and labels: the output and EOS are trained, the input is masked, exactly at the boundary."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from manta.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # the label that cross-entropy skips, as in PyTorch and transformers
+
+OverlongPolicy = Literal["truncate", "drop", "error"]
+
+
+@dataclass
+class Sample:
+    """One tokenized sample. `input_ids` and `labels` have equal length; masked positions have the label IGNORE."""
+
+    input_ids: list[int]
+    labels: list[int]
+    merged_boundary: bool = False
+    truncated: bool = False
+
+    @property
+    def trains(self) -> bool:
+        # The model predicts position i from positions < i: a label at position 0 is never a target.
+        return any(label != IGNORE for label in self.labels[1:])
+
+
+def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub model or local folder. Raises UserError if there is none or it has no EOS token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"The tokenizer of {model_id} cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {model_id} has no EOS token, so a tuned model could never learn to stop.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by attention_mask and labels, never by its id
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what a tokenizer does: its vocabulary and merges, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    parts = [body, repr(sorted(tokenizer.special_tokens_map.items())), repr(tokenizer.chat_template)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class Encoder:
+    """Encodes (input, output) pairs in batches.
+
+    The pair is tokenized as one text and divided by character offsets. Where a token would span the boundary, the
+    two sides are tokenized apart instead: that is what the model meets when it is served, where the prompt ends
+    before the answer exists. Such samples have `merged_boundary` set.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_id
+        # Some tokenizers (Llama 3) trim a token's spaces from its offsets, which hides a token that spans the boundary.
+        self.trims_offsets = tokenizer.is_fast and any(
+            start == 2 for start, _ in tokenizer("a b", return_offsets_mapping=True)["offset_mapping"]
+        )
+
+    def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
+        if not self.tokenizer.is_fast:
+            return [self._sample(*self._apart(*pair)) for pair in zip(inputs, outputs, strict=True)]
+        texts = [prompt + answer for prompt, answer in zip(inputs, outputs, strict=True)]
+        if not texts:
+            return []  # which transformers cannot tokenize
+        batch = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        return [
+            self._divide(prompt, answer, ids, offsets)
+            for prompt, answer, ids, offsets in zip(
+                inputs, outputs, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
+        ]
+
+    def _divide(self, prompt: str, answer: str, ids: list[int], offsets: list[tuple[int, int]]) -> Sample:
+        length = len(ids)
+        while length > 1 and offsets[length - 1] == (0, 0):  # special tokens that the tokenizer itself appended
+            length -= 1
+        ids, boundary = ids[:length], len(prompt)
+        # Ends never fall, so the first token that reaches past the boundary is found by bisection.
+        first = bisect_right(offsets, boundary, hi=length, key=lambda span: span[1])
+        spans = first < length and offsets[first][0] < boundary
+        if spans or (self.trims_offsets and (prompt[-1:].isspace() or answer[:1].isspace())):
+            masked, trained = self._apart(prompt, answer)
+            return self._sample(masked, trained, merged_boundary=masked + trained != ids)
+        return self._sample(ids[:first], ids[first:])
+
+    def _apart(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        masked = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if masked and masked[-1] == self.eos and not prompt.endswith(str(self.tokenizer.eos_token)):
+            masked = masked[:-1]  # appended by the tokenizer, not written by the user
+        return masked, self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _sample(self, masked: list[int], trained: list[int], merged_boundary: bool = False) -> Sample:
+        if not trained or trained[-1] != self.eos:
+            trained = [*trained, self.eos]
+        return Sample(masked + trained, [IGNORE] * len(masked) + trained, merged_boundary)
+
+
+def fit(sample: Sample, max_length: int, policy: OverlongPolicy, split: bool = False) -> list[Sample]:
+    """What becomes of a sample under a length limit in tokens: itself, cut, left out, or cut into several.
+
+    With `split` (continual pre-training) nothing is lost: the sample becomes consecutive pieces. Raises UserError
+    under the policy "error".
+    """
+    if len(sample.input_ids) <= max_length:
+        return [sample]
+    if split:
+        starts = range(0, len(sample.input_ids), max_length)
+        return [Sample(sample.input_ids[i : i + max_length], sample.labels[i : i + max_length]) for i in starts]
+    if policy == "error":
+        raise UserError(
+            f"A sample has {len(sample.input_ids)} tokens, over max_seq_length {max_length}. Raise --max_seq_length, "
+            "or choose --overlong_policy truncate or drop."
+        )
+    if policy == "drop":
+        return []
+    return [Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.merged_boundary, truncated=True)]

@@ -1,0 +1,17 @@
+"""The errors that are messages: what happened, why, and what to type next."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints the message alone and exits with 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
+
+
+class TrainingError(Exception):
+    """A run that started and did not finish. The command line prints the message alone and exits with 1."""
+
+
+class NonFiniteError(TrainingError):
+    """A gradient that is NaN or infinite: repeating the step would repeat it, so it is never retried."""

@@ -1,0 +1,46 @@
+"""Which samples each step consumed, as the training loop saw them: the proof that none was lost or repeated.
+
+A segment `ledger/00000060.jsonl` is written with the checkpoint of step 60, before its manifest. Its first line names
+the step that its attempt started from or last saved at, so that the segments behind a checkpoint form a chain; what
+an attempt did after its last checkpoint is in no chain, just as it is in no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from manta import manifest
+
+# (step, micro-batch, rows): step counts from 0, rows are indices into the tokenized training split.
+Entry = tuple[int, int, list[int]]
+
+
+def write(folder: Path, parent: int, step: int, entries: list[Entry]) -> None:
+    """Write the segment of steps `parent` … `step`-1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"parent": parent, "step": step})]
+    lines += [
+        json.dumps({"step": number, "micro_batch": index, "rows": rows}) for number, index, rows in sorted(entries)
+    ]
+    manifest.write_text(_segment(folder, step), "\n".join(lines) + "\n")
+
+
+def read(folder: Path, step: int) -> list[Entry]:
+    """Everything that the checkpoint of `step` has consumed, in order of step and micro-batch."""
+    segments = []
+    while step > 0:
+        lines = [json.loads(line) for line in _segment(folder, step).read_text(encoding="utf-8").splitlines()]
+        segments.append([(line["step"], line["micro_batch"], line["rows"]) for line in lines[1:]])
+        step = lines[0]["parent"]
+    return list(_concatenated(segments))
+
+
+def _concatenated(segments: list[list[Entry]]) -> Iterator[Entry]:
+    for segment in reversed(segments):
+        yield from segment
+
+
+def _segment(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}.jsonl"

@@ -1,0 +1,87 @@
+"""What closes a folder: a manifest, written last, with the size and SHA-256 of every file.
+
+A folder without a manifest is unfinished, and one whose files do not match it is damaged: neither is ever used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+FORMAT = 1
+_CHUNK = 1 << 20
+
+FileDigests = dict[str, dict[str, Any]]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically: readers see the old text or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` atomically with indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digests(folder: Path, names: list[str] | None = None) -> FileDigests:
+    """`{relative name: {"size": bytes, "sha256": hex}}` of the files in `folder`, or of those named."""
+    if names is None:
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in names
+        if name != NAME
+    }
+
+
+def close(folder: Path, files: FileDigests, about: Mapping[str, Any]) -> None:
+    """Write the manifest: from now on `folder` is complete."""
+    write_json(folder / NAME, {"format": FORMAT, **about, "files": files})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`, or None if it is unfinished or its manifest is unreadable."""
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def damage(folder: Path, content: bool = True) -> str | None:
+    """What is wrong with `folder`, or None if every file is as it was written.
+
+    Sizes are always compared; `content=False` leaves out the hashes, which read every byte.
+    """
+    manifest = read(folder)
+    if manifest is None:
+        return "it has no readable manifest"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if content and sha256(path) != expected["sha256"]:
+            return f"{name} does not match its SHA-256"
+    return None

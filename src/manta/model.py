@@ -1,0 +1,221 @@
+"""The model: checked in the driver, built on each worker. The only room that tells full fine-tuning from LoRA.
+
+Sharding happens at load: with several workers `from_pretrained(distributed_config=…)` makes every parameter a DTensor
+and each worker reads only its own shards, so that host memory does not grow with the number of workers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manta.config import Config
+from manta.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+WEIGHTS = "model"  # folder of a checkpoint that holds what was trained
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this worker stands among the others."""
+
+    device: torch.device
+    world_size: int = 1
+    nodes: int = 1
+
+
+def compute_dtype(config: Config, device: str) -> torch.dtype:
+    """Precision of the forward and backward pass: bfloat16 on CUDA unless asked otherwise."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def attention(config: Config, device: str) -> str:
+    """The attention implementation that `auto` stands for on this device."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    installed = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if installed else "sdpa"
+
+
+def check(config: Config) -> None:
+    """Everything about the model that can be wrong before a worker starts. Raises UserError; loads no weights."""
+    architecture = _architecture(config)
+    folder = Path(config.hf_model_id).expanduser()
+    if folder.is_dir():
+        _check_weights(folder)
+    skeleton = _skeleton(architecture, config)
+    if not config.full_ft:
+        _check_targets(skeleton, config)
+    longest = getattr(architecture, "max_position_embeddings", None)
+    if longest and config.max_seq_length > longest:
+        raise ConfigError(f"max_seq_length {config.max_seq_length} is over the model's {longest} positions; lower it.")
+
+
+def build(config: Config, placement: Placement, weights: Path | None = None) -> Any:
+    """The model to train, sharded over the workers, with LoRA adapters unless `full_ft`.
+
+    `weights` is a checkpoint's folder of trained weights to go on from. What is trained is float32; a frozen base has
+    the compute dtype.
+    """
+    source = weights if weights and config.full_ft else config.hf_model_id
+    base = _load_base(config, placement, str(source))
+    if config.full_ft:
+        return base
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+    if weights:
+        return PeftModel.from_pretrained(base, str(weights), is_trainable=True)
+    targets = [name.strip() for name in config.lora_target_modules.split(",")]
+    torch.manual_seed(config.seed)  # adapters are made alike on every worker, whatever their number
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            bias="none",
+        ),
+    )
+
+
+def sharding(model: Any) -> dict[str, int]:
+    """Bytes of all parameters and of those held here, how many tensors are sharded, and how many are not."""
+    from torch.distributed.tensor import DTensor
+
+    figures = {"total_bytes": 0, "local_bytes": 0, "sharded": 0, "replicated": 0}
+    for parameter in model.parameters():
+        size = parameter.element_size()
+        is_sharded = isinstance(parameter.data, DTensor)
+        local = parameter.data.to_local() if is_sharded else parameter.data
+        figures["total_bytes"] += parameter.numel() * size
+        figures["local_bytes"] += local.numel() * size
+        figures["sharded" if is_sharded else "replicated"] += 1
+    return figures
+
+
+def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
+    """Stop if FSDP was asked for and did not happen: every base parameter is a DTensor, every layer an FSDP unit.
+
+    Some ways to FSDP turn silently into replicas on CPU, and a layer outside any unit is gathered with the whole model.
+    """
+    if placement.world_size == 1 or config.sharding_strategy == "NO_SHARD":
+        return
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    whole = [
+        name
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name and not isinstance(parameter.data, DTensor)
+    ]
+    if whole:
+        raise RuntimeError(f"{len(whole)} parameters are not sharded, such as {whole[0]}")
+    units = _layer_names(model)
+    loose = [name for name, module in model.named_modules() if name in units and not isinstance(module, FSDPModule)]
+    if loose:
+        raise RuntimeError(f"{len(loose)} layers are not FSDP units, such as {loose[0]}")
+
+
+def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if config.full_ft else compute_dtype(config, placement.device.type)
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention(config, placement.device.type),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if placement.world_size > 1 and config.sharding_strategy != "NO_SHARD":
+        arguments["distributed_config"] = _distributed(config, placement)
+    model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    model.config.use_cache = False  # of keys and values: of no use in training, and in the way of recomputation
+    return model
+
+
+def _distributed(config: Config, placement: Placement) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    replicas = placement.nodes if config.sharding_strategy == "HYBRID_SHARD" else 1
+    style = "keep_full_weight" if config.sharding_strategy == "SHARD_GRAD_OP" else "free_full_weight"
+    # The library's default plan knows layers by one name only; others would be gathered with the whole model at once.
+    layers = {re.sub(r"\.\d+$", ".*", name) for name in _layer_names(_skeleton(_architecture(config), config))}
+    return DistributedConfig(
+        fsdp_size=placement.world_size // replicas,
+        dp_replicate_size=replicas,
+        fsdp_plan=dict.fromkeys(sorted(layers), style),
+        fsdp_cpu_offload=config.fsdp_cpu_offload,
+        fsdp_mixed_precision=config.full_ft and compute_dtype(config, placement.device.type) == torch.bfloat16,
+    )
+
+
+def _architecture(config: Config) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(config.hf_model_id, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The model {config.hf_model_id} is neither a folder with a config.json here nor a model the hub gives us "
+            f"({reason}). Check --hf_model_id; for a gated model accept its terms and set HF_TOKEN."
+        ) from error
+
+
+def _skeleton(architecture: PretrainedConfig, config: Config) -> PreTrainedModel:
+    """The model without storage: names and shapes only."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+
+
+def _layer_names(model: Any) -> set[str]:
+    """Names of the decoder layers: the modules that their own library says are not to be split."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(base._no_split_modules or ())
+    return {name for name, module in model.named_modules() if type(module).__name__ in kinds and name[-1:].isdigit()}
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors weights. Check --hf_model_id, or download the model again.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or cut off ({error}). Download the model again.") from error
+
+
+def _check_targets(skeleton: PreTrainedModel, config: Config) -> None:
+    if config.lora_target_modules.strip() == "all-linear":
+        return
+    names = {name.rpartition(".")[2] for name, module in skeleton.named_modules() if hasattr(module, "weight")}
+    wanted = [name.strip() for name in config.lora_target_modules.split(",")]
+    if missing := [name for name in wanted if name.rpartition(".")[2] not in names]:
+        linear = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in skeleton.named_modules()
+                if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+            }
+        )
+        raise ConfigError(
+            f"lora_target_modules names {missing}, which {config.hf_model_id} does not have. "
+            f"Its linear modules: {', '.join(linear) or 'none'}. Set --lora_target_modules, or all-linear."
+        )

@@ -1,0 +1,199 @@
+"""How a run tells what it does: workers send to one actor, the driver drains it, writes files and shows one display.
+
+A side channel on purpose: `ray.train.report` is collective and costs up to two seconds a call.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+NAMESPACE = "manta"
+_POLL_S = 0.25
+_PLAIN_EVERY_S = 5.0
+
+
+class Mailbox:
+    """Ray actor on the driver's node: a queue of messages, and the count of attempts."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.attempts = 0
+
+    def begin_attempt(self) -> int:
+        """Called by rank 0 of every new worker group; returns its number, from 1."""
+        self.attempts += 1
+        return self.attempts
+
+    def put(self, message: dict[str, Any]) -> None:
+        self.messages.append({"time": time.time(), **message})
+
+    def drain(self) -> list[dict[str, Any]]:
+        drained, self.messages = self.messages, []
+        return drained
+
+
+def mailbox_name(run: Path) -> str:
+    return f"mailbox:{run}"
+
+
+def open_mailbox(run: Path) -> Any:
+    """A fresh mailbox for `run`, next to the driver. It ends with its handle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Mailbox).options(
+        name=mailbox_name(run), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here, max_concurrency=1
+    )
+    return actor.remote()
+
+
+def find_mailbox(run: Path) -> Any | None:
+    """The mailbox of `run`, or None where nobody listens (a train function run outside `manta train`)."""
+    import ray
+
+    try:
+        return ray.get_actor(mailbox_name(run), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+class Monitor:
+    """Drains a mailbox in a thread of the driver: events.jsonl, metrics.jsonl, and the display."""
+
+    def __init__(self, mailbox: Any, events: Path, metrics: Path, display: Display):
+        self.mailbox, self.events, self.metrics, self.display = mailbox, events, metrics, display
+        self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
+        self.first_step_time: float | None = None
+        self.last_step_time: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._drain()
+        self._drain()
+
+    def _drain(self) -> None:
+        import ray
+
+        try:
+            messages = ray.get(self.mailbox.drain.remote(), timeout=30)
+        except ray.exceptions.RayError:
+            return  # a lost display never ends a run
+        for message in messages:
+            self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "step":
+            self.tokens += message["tokens"]
+            if self.first_step_time is None:
+                self.first_step_time = message["time"]
+            else:
+                self.tokens_timed += message["tokens"]
+            self.last_step_time = message["time"]
+        elif kind == "log":
+            append_json(self.metrics, message)
+        else:
+            append_json(self.events, message)
+        self.display.take(message)
+
+
+class Display:
+    """One live line on a terminal; a plain line every few seconds where output is a file or a pipe."""
+
+    def __init__(self, title: str, total_steps: int, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.total = total_steps
+        self.figures: dict[str, Any] = {}
+        self.recent: list[tuple[float, int]] = []
+        self.last_plain = 0.0
+        self.live = self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task(title, total=total_steps, figures="starting workers")
+        self.title = title
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def take(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "step":
+            self.recent.append((message["time"], message["tokens"]))
+            self.recent = [entry for entry in self.recent if entry[0] > message["time"] - 10]
+            self.figures["step"] = max(message["step"], self.figures.get("step", 0))
+        elif kind == "log":
+            self.figures |= {key: message[key] for key in ("loss", "eval_loss", "learning_rate") if key in message}
+        elif kind == "attempt":
+            self.figures["workers"] = message["world_size"]
+            self.figures["step"] = message["step"]
+            if message["attempt"] > 1 or message["step"]:
+                self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
+        elif kind == "note":
+            self.note(message["text"])
+        self._show(force=kind == "log" and "eval_loss" in message)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", markup=False)
+
+    def _show(self, force: bool) -> None:
+        step = self.figures.get("step", 0)
+        line = self._line()
+        self.bar.update(self.task, completed=step, figures=line)
+        now = time.monotonic()
+        if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
+            self.last_plain = now
+            self.console.print(f"{self.title}: step {step}/{self.total}  {line}", markup=False)
+
+    def _line(self) -> str:
+        parts = [
+            f"{label} {self.figures[key]:{form}}"
+            for key, label, form in (
+                ("loss", "loss", ".4f"),
+                ("eval_loss", "eval", ".4f"),
+                ("learning_rate", "lr", ".2e"),
+            )
+            if key in self.figures
+        ]
+        if len(self.recent) > 1 and (seconds := self.recent[-1][0] - self.recent[0][0]) > 0:
+            parts.append(f"{sum(tokens for _, tokens in self.recent[1:]) / seconds:,.0f} tok/s")
+        if "workers" in self.figures:
+            parts.append(f"{self.figures['workers']} workers")
+        return "  ".join(parts)
+
+
+def append_json(path: Path, value: dict[str, Any]) -> None:
+    """Append one line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")

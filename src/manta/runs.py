@@ -1,0 +1,167 @@
+"""The folder of a run: every path in one place.
+
+results/<run>/
+    config.yaml                  the resolved config; `manta train --config` repeats the run from it
+    checkpoint_00000060/         complete once it holds manifest.json
+    checkpoint_manager_snapshot.json    Ray Train's own list of checkpoints
+    events.jsonl                 attempts, saves, failures, in order
+    metrics.jsonl                every log line of the training loop
+    ledger/                      which samples each step consumed
+    logs/                        one file per worker
+    result.json                  how it ended
+    export/                      what `manta convert` wrote
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manta import manifest
+from manta.config import Config
+from manta.errors import UserError
+
+METRIC = "eval_loss"
+_PREFIX = "checkpoint_"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: `step` optimizer steps done, `metrics` as evaluated at that step."""
+
+    path: Path
+    step: int
+    metrics: dict[str, float]
+
+    @property
+    def eval_loss(self) -> float:
+        """Infinite where no evaluation belongs to the checkpoint, so that such a one is never the best."""
+        value = self.metrics.get(METRIC, math.inf)
+        return math.inf if math.isnan(value) else value
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / f"{_PREFIX}{step:08d}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, existing or not."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def config(self) -> Config:
+        return Config.load(self.config_file)
+
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended, or None if it has not."""
+        try:
+            return json.loads(self.result_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, oldest first, over all starts of the run."""
+        if not self.events_file.exists():
+            return []
+        return [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        return [
+            Checkpoint(path, about["step"], about["metrics"])
+            for path in sorted(self.path.glob(f"{_PREFIX}*"))
+            if (about := manifest.read(path))
+        ]
+
+    def latest(self) -> Checkpoint | None:
+        return max(self.checkpoints(), key=lambda checkpoint: checkpoint.step, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """Lowest eval_loss; without any evaluation, the newest."""
+        return min(self.checkpoints(), key=lambda found: (found.eval_loss, -found.step), default=None)
+
+    def remove_unfinished(self) -> list[str]:
+        """Delete checkpoint folders that a killed worker left without a manifest; returns their names."""
+        unfinished = [path for path in self.path.glob(f"{_PREFIX}*") if path.is_dir() and manifest.read(path) is None]
+        for path in unfinished:
+            shutil.rmtree(path)
+        return [path.name for path in unfinished]
+
+
+def default_name(config: Config) -> str:
+    """`Qwen3-8B-lora-1f2e3d4c`: the same settings give the same run, others another one."""
+    model = Path(config.hf_model_id.rstrip("/")).name or "model"
+    kind = "full" if config.full_ft else "lora"
+    return f"{model}-{kind}-{config.fingerprint()[:8]}"
+
+
+def of(config: Config) -> Run:
+    """The run that `config` names, by `run_name` or by its own settings."""
+    return Run(Path(config.results_dir).absolute() / (config.run_name or default_name(config)))
+
+
+def find(results_dir: str | Path, base_model: str | None = None, full_ft: bool | None = None) -> Run:
+    """The one run in `results_dir` with checkpoints of this base model.
+
+    Raises UserError if there is none, and if there are several: which one is meant is never guessed.
+    """
+    wanted = f" of {base_model}" if base_model else ""
+    runs = []
+    for path in sorted(Path(results_dir).absolute().glob("*/config.yaml")):
+        run = Run(path.parent)
+        config = run.config()
+        if base_model not in (None, config.hf_model_id) or full_ft not in (None, config.full_ft):
+            continue
+        if run.checkpoints():
+            runs.append(run)
+    if not runs:
+        raise UserError(f"No run{wanted} with a checkpoint in {results_dir}. Train one, or give --checkpoints_dir.")
+    if len(runs) > 1:
+        listed = "\n".join(f"  --run {run.path}" for run in runs)
+        raise UserError(f"{len(runs)} runs{wanted} have checkpoints; say which one is meant:\n{listed}")
+    return runs[0]
+
+
+def open_run(path: str | Path) -> Run:
+    """The run at `path`. Raises UserError if there is none."""
+    run = Run(Path(path).absolute())
+    if not run.config_file.is_file():
+        raise UserError(f"{path} is not a run: it has no config.yaml. Give --run a folder that `manta train` made.")
+    return run

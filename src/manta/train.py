@@ -1,0 +1,278 @@
+"""The driver of a run: check everything, prepare data, let Ray Train run the workers, say how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from manta import __version__, cluster, manifest, runs
+from manta.config import Config
+from manta.data import prepare
+from manta.data.prepare import Prepared
+from manta.errors import ConfigError, TrainingError
+from manta.progress import Display, Monitor, open_mailbox
+from manta.runs import METRIC, Run
+
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+
+
+class Phases:
+    """Wall seconds per phase of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.start = time.time()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.time() - start, 3)
+
+
+def train(config: Config, console: Console | None = None, title: str = "train") -> dict[str, Any]:
+    """Run `config` to its end, from where it stands; returns what result.json holds.
+
+    A finished run is left as it is. Raises UserError on anything wrong before a worker starts, and TrainingError when
+    the workers fail for good.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    phases = Phases()
+    config, run = resolve(config)
+    finished = run.result()
+    if finished and finished["status"] == FINISHED:
+        console.print(f"{title}: {run.name} is finished already; --run_name starts another.", markup=False)
+        return finished
+
+    with phases("check"):
+        _quiet_libraries()
+        from manta import model
+
+        cluster.check_device_before_start(config)
+        model.check(config)
+        prepared, parts = prepare.locate(config)
+        rows = None if prepare.is_ready(prepared) else prepare.open_source(config, prepared)
+    with ExitStack() as stack:
+        with phases("ray"):
+            stack.enter_context(cluster.connected(config))
+        config = _place(config)
+        if rows is not None:
+            with phases("prepare"):
+                _prepare(config, prepared, parts, rows, console)
+        run.path.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(run.config_file, config.dump())
+        run.remove_unfinished()
+        return _fit(config, run, prepared, phases, console, title)
+
+
+def prepare_only(config: Config, console: Console | None = None) -> Path:
+    """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError."""
+    console = console or Console(stderr=True, highlight=False)
+    config = _absolute(config)
+    _quiet_libraries()
+    prepared, parts = prepare.locate(config)
+    if not prepare.is_ready(prepared):
+        rows = prepare.open_source(config, prepared)
+        with cluster.connected(config):
+            _prepare(config, prepared, parts, rows, console)
+    return prepared.path
+
+
+def resolve(config: Config) -> tuple[Config, Run]:
+    """The config with absolute paths and the run's own name and batch size, and its run.
+
+    Raises ConfigError if the run exists with settings that would train something else.
+    """
+    config = _absolute(config)
+    run = runs.of(config)
+    config = config.model_copy(update={"run_name": run.name})
+    if run.config_file.exists():
+        before = run.config()
+        if config.nominal_workers is None:
+            config = config.model_copy(update={"nominal_workers": before.nominal_workers})
+        if changed := before.differences(config):
+            raise ConfigError(
+                f"The run {run.path} was started with other settings ({'; '.join(changed)}). "
+                "Give --run_name for a new run, or the old settings to go on with this one."
+            )
+    return config, run
+
+
+def _absolute(config: Config) -> Config:
+    """Local folders by their whole path, so that the saved config works from anywhere."""
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() else name
+
+    data = config.hf_dataset_config
+    return config.model_copy(
+        update={
+            "hf_model_id": whole(config.hf_model_id),
+            "results_dir": str(Path(config.results_dir).expanduser().absolute()),
+            "data_dir": str(Path(config.data_dir).expanduser().absolute()),
+            "hf_dataset_config": data.model_copy(update={"dataset_name": whole(data.dataset_name)}),
+        }
+    )
+
+
+def _place(config: Config) -> Config:
+    """The config with device and workers as this cluster gives them. Raises UserError if it has no room."""
+    on = cluster.device(config)
+    count = cluster.workers(config, on)
+    cluster.check_fits(count, cluster.resources_per_worker(config, on))
+    return config.model_copy(
+        update={"device": on, "num_workers": count, "nominal_workers": config.nominal_workers or count}
+    )
+
+
+def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], rows: Any, console: Console) -> None:
+    start = time.time()
+    with console.status("prepare: starting") as status:
+
+        def show(done: int, total: int) -> None:
+            status.update(f"prepare: {done:,}/{total:,} rows, {done / (time.time() - start):,.0f} rows/s")
+
+        prepare.prepare(config, prepared, parts, rows, show)
+    counts = prepared.counts
+    console.print(
+        f"prepare: {len(rows):,} rows in {time.time() - start:.1f} s → "
+        + ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test")),
+        markup=False,
+    )
+    for reason, about in counts["noted"].items():
+        console.print(f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}", markup=False)
+
+
+def max_steps(config: Config, training_samples: int) -> int:
+    """Steps of the run: as set, or what `num_train_epochs` comes to."""
+    if config.num_train_epochs is None:
+        return config.max_steps
+    per_step = (
+        config.per_device_train_batch_size
+        * config.gradient_accumulation_steps
+        * (config.nominal_workers or config.num_workers or 1)
+    )
+    return max(1, round(config.num_train_epochs * training_samples / per_step))
+
+
+def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: Console, title: str) -> dict[str, Any]:
+    from ray.train import TrainingFailedError
+
+    steps = max_steps(config, prepared.counts["training"]["samples"])
+    mailbox = open_mailbox(run.path)
+    outcome: dict[str, Any] = {}
+    fit_started = time.time()
+    with (
+        Display(title, steps, console) as display,
+        Monitor(mailbox, run.events_file, run.metrics_file, display) as monitor,
+    ):
+        try:
+            with phases("fit"):
+                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared).fit()
+            outcome = result.return_value or {"failure": "the workers returned nothing"}
+        except TrainingFailedError as error:
+            outcome = {"failure": _root_cause(error)}
+    first = monitor.first_step_time or time.time()
+    phases.seconds["until_first_step"] = round(first - fit_started, 3)
+    summary = _summarize(config, run, steps, outcome, monitor, phases)
+    manifest.write_json(run.result_file, summary)
+    if summary["status"] == FAILED:
+        raise TrainingError(
+            f"{run.name} failed: {outcome['failure']}\nWorker logs: {run.logs}. The same command goes on from "
+            f"{summary['latest_checkpoint'] or 'the start'}."
+        )
+    return summary
+
+
+def _trainer(config: Config, run: Run, prepared: Prepared) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from manta.worker import train_func
+
+    on = config.device
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if on == "cuda":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return TorchTrainer(
+        cast(Any, train_func),  # returning a value is documented, and missing from the annotation
+        train_loop_config={**config.to_dict(), "run": str(run.path), "prepared": str(prepared.path)},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers or 1,
+            use_gpu=on == "cuda",
+            resources_per_worker=cluster.resources_per_worker(config, on),
+            placement_strategy=config.placement_strategy,
+        ),
+        torch_config=TorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=str(run.path.parent),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.save_total_limit,
+                checkpoint_score_attribute=METRIC if config.evaluates else None,
+                checkpoint_score_order="min",
+            ),
+            **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
+        ),
+    )
+
+
+def _summarize(
+    config: Config, run: Run, steps: int, outcome: dict[str, Any], monitor: Monitor, phases: Phases
+) -> dict[str, Any]:
+    failure = outcome.get("failure")
+    done = outcome.get("step", 0)
+    stopped = config.stop_at_step is not None and config.stop_at_step <= done < steps
+    best, latest = run.best(), run.latest()
+    seconds = (monitor.last_step_time or 0) - (monitor.first_step_time or 0)
+    phases.seconds["total"] = round(time.time() - phases.start, 3)
+    return {
+        "status": FAILED if failure else STOPPED if stopped else FINISHED,
+        "failure": failure,
+        "run": str(run.path),
+        "steps": done or (latest.step if latest else 0),
+        "max_steps": steps,
+        "stopped_early": not failure and not stopped and done < steps,
+        "metric": METRIC,
+        "best_metric": outcome.get("best_eval_loss"),
+        "best_checkpoint": str(best.path) if best else None,
+        "latest_checkpoint": str(latest.path) if latest else None,
+        "train_loss": outcome.get("train_loss"),
+        "epoch": outcome.get("epoch"),
+        "attempts": sum(event["kind"] == "attempt" for event in run.events()),
+        "world_sizes": [event["world_size"] for event in run.events() if event["kind"] == "attempt"],
+        "tokens": monitor.tokens,
+        "tokens_per_second": round(monitor.tokens_timed / seconds, 1) if seconds > 0 else None,
+        "seconds": phases.seconds,
+        "sharding": outcome.get("sharding"),
+        "manta": __version__,
+    }
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last worker's exception in one line; the rest is in the logs."""
+    failures = getattr(error, "worker_failures", None) or {}
+    worst: BaseException = next(iter(failures.values()), error)
+    while (cause := worst.__cause__ or getattr(worst, "cause", None)) is not None and cause is not worst:
+        worst = cause
+    text = str(worst).strip()
+    return f"{type(worst).__name__}: {text.splitlines()[-1] if text else 'no message'}"
+
+
+def _quiet_libraries() -> None:
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()

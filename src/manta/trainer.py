@@ -1,0 +1,176 @@
+"""The Hugging Face Trainer with three things made exact: the order of batches, randomness, and the evaluation loss.
+
+The loop itself is the library's. What is overridden, and why, stands at each method.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from manta import checkpoint, ledger
+from manta.data.batches import MASKED, EvalBatches, Rows, SampleOrder, TrainBatches, collate
+from manta.data.tokenize import IGNORE
+from manta.errors import NonFiniteError
+from manta.runs import Run, checkpoint_path
+
+_EVALUATION_PADDING = 0  # ids under padding are masked everywhere; any valid id will do
+
+
+def reseed(*parts: int) -> None:
+    """Set torch's generators, CPU and CUDA, from integers mixed by numpy's SeedSequence."""
+    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed >> np.uint64(1)))
+
+
+class MantaTrainer(Trainer):
+    """`order` says which samples a step takes; `run` is where checkpoints go; `fingerprint` goes into each manifest.
+
+    Attributes set while training, for callbacks: `tokens` counts the real (not padding) tokens of this worker's
+    current step.
+    """
+
+    def __init__(self, *, order: SampleOrder, run: Run, fingerprint: str, start_step: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.order, self.run, self.fingerprint = order, run, fingerprint
+        self.start_step = self.saved_step = start_step
+        self.tokens = 0
+        self.step_rows: list[int] = []
+        self.entries: list[ledger.Entry] = []
+        self._slot = 0
+        self._eval_metrics: tuple[int, dict[str, float]] = (-1, {})
+        if not self.model_accepts_loss_kwargs:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} does not take num_items_in_batch, which exact token normalisation needs"
+            )
+
+    # --- Data: already divided over the ranks, so accelerate must not divide it again.
+
+    def get_train_dataloader(self) -> DataLoader:
+        rank, world = self.args.process_index, self.args.world_size
+        return self._loader(
+            self.train_dataset, TrainBatches(self.order, self.start_step, self.args.max_steps, rank, world)
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        rows = len(eval_dataset or self.eval_dataset)
+        batches = EvalBatches(rows, self.args.eval_batch_size, self.args.process_index, self.args.world_size)
+        return self._loader(eval_dataset or self.eval_dataset, batches)
+
+    def _loader(self, samples: Any, batches: Any) -> DataLoader:
+        return DataLoader(
+            Rows(samples),
+            batch_sampler=batches,
+            collate_fn=partial(collate, pad_token_id=_EVALUATION_PADDING),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    # --- Steps
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, with randomness of its own: dropout is the same on whichever rank it runs."""
+        if self._slot == 0:
+            self.tokens, self.step_rows = 0, []
+        index = self._slot * self.args.world_size + self.args.process_index
+        self._slot = (self._slot + 1) % self.args.gradient_accumulation_steps
+        rows = [row for row in inputs.pop("rows").tolist() if row != MASKED]
+        if rows:
+            self.entries.append((self.state.global_step, index, rows))
+            self.step_rows += rows
+            self.tokens += int(inputs["attention_mask"].sum())
+        reseed(self.order.seed, self.state.global_step, index)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Stop before the optimizer step on a NaN or infinite gradient; the norm is global, so all ranks stop.
+
+        Stock Trainer would log the loss as 0.0, write the NaN into the weights and save them.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not np.isfinite(float(norm)):
+            step = self.state.global_step + 1
+            rows = [row for _, _, rows in self._committed_rows(self.state.global_step) for row in rows]
+            raise NonFiniteError(
+                f"The gradient of step {step} is {float(norm)}; nothing of that step was kept. Its samples are "
+                f"the rows {rows} of the training split. Look at them, lower --learning_rate, or try --dtype float32."
+            )
+        return norm
+
+    def _committed_rows(self, step: int) -> list[ledger.Entry]:
+        return [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Without empty groups: LoRA leaves the no-decay one empty, and a flattened load reads each group's first."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # --- Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss per trained token over all rows. Stock Trainer averages batch means, which depends on batching."""
+        was_training = self.model.training
+        self.model.eval()
+        # Summed in float64 on the host, so that the division over workers changes only the last digits.
+        total, tokens, rows = 0.0, 0, 0
+        for inputs in dataloader:
+            rows += int((inputs.pop("rows") != MASKED).sum())
+            count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.model_wrapped(**self._prepare_inputs(inputs)).loss
+            if count:  # the loss of a fully masked batch is NaN: a mean of nothing
+                total += float(loss) * count
+                tokens += count
+        sums = torch.tensor([total, tokens, rows], dtype=torch.float64, device=self.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.model.train(was_training)
+        total, tokens, rows = sums.tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        self._eval_metrics = (self.state.global_step, metrics)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    # --- Checkpoints: the library refuses to write those of a model that was sharded at load.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint of this step, with the ledger of what it consumed."""
+        step = self.state.global_step
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if hasattr(callback, "state"):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        entries = [entry for part in checkpoint.gather(self.entries) for entry in part]
+        if self.is_world_process_zero():
+            ledger.write(self.run.ledger, self.saved_step, step, entries)
+        self.entries = []
+        evaluated, metrics = self._eval_metrics
+        about = {"world_size": self.args.world_size, "config_fingerprint": self.fingerprint}
+        checkpoint.save(self, checkpoint_path(self.run.path, step), metrics if evaluated == step else {}, about)
+        self.saved_step = step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing left to do: the model was built from the checkpoint's weights."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is not None:
+            checkpoint.load_optimizer(self, Path(checkpoint_path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: each micro-batch reseeds."""

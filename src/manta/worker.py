@@ -1,0 +1,191 @@
+"""What every training worker runs, as Ray Train starts it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from manta import checkpoint, model, progress
+from manta.callbacks import ProgressCallback, RayTrainReportCallback, SaveForResumeCallback, SaveOnBestMetricCallback
+from manta.config import Config
+from manta.data.batches import SampleOrder
+from manta.data.prepare import Prepared
+from manta.errors import NonFiniteError, UserError
+from manta.runs import METRIC, Run
+from manta.trainer import MantaTrainer, reseed
+
+
+def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
+
+    `config_dict` is `Config.to_dict()` with two keys more: `run` (the run's folder) and `prepared` (the data's).
+    Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
+    driver raises, since Ray restarts the workers after every exception.
+    """
+    settings = dict(config_dict)
+    run, prepared = Run(Path(settings.pop("run"))), Prepared(Path(settings.pop("prepared")))
+    config = Config.from_dict(settings)
+    _log_to_file(run)
+    try:
+        return _train(config, run, prepared)
+    except (NonFiniteError, UserError) as error:
+        return {"failure": str(error)}
+
+
+def _train(config: Config, run: Run, prepared: Prepared) -> dict[str, Any]:
+    from ray import train
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
+
+    mailbox = progress.find_mailbox(run.path)
+    resume = _resume_point(run, mailbox, rank)
+    start = 0 if resume is None else int(resume.name.rpartition("_")[2])
+    attempt = _announce(mailbox, rank, world, start)
+
+    reseed(config.seed)
+    network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
+    model.assert_sharded(network, config, placement)
+    trainer = make_trainer(config, run, prepared, network, start, world)
+    trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
+
+    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_metrics("train", outcome.metrics)
+    state = trainer.state
+    return {
+        "step": state.global_step,
+        "epoch": state.epoch,
+        "best_eval_loss": state.best_metric,
+        "train_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
+        "sharding": checkpoint.gather(model.sharding(network)),
+    }
+
+
+def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int) -> MantaTrainer:
+    """The trainer over prepared data, with the callbacks that decide when to save and stop."""
+    from transformers import EarlyStoppingCallback
+
+    training = prepared.tokenized("training").with_format("numpy")
+    validation = None
+    if config.evaluates:
+        validation = prepared.tokenized("validation").with_format("numpy")
+        picked = np.random.default_rng(config.seed).permutation(len(validation))[: config.max_eval_samples]
+        validation = validation.select(picked, keep_in_memory=True)
+    micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
+    order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
+    callbacks: list[Any] = [
+        SaveOnBestMetricCallback(),
+        SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
+        RayTrainReportCallback(),
+    ]
+    if config.evaluates and config.early_stopping_patience:
+        patience = EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold)
+        callbacks.insert(0, patience)
+    return MantaTrainer(
+        model=network,
+        args=training_arguments(config, run, network.device.type, -(-micro_batches // world)),
+        train_dataset=training,
+        eval_dataset=validation,
+        callbacks=callbacks,
+        order=order,
+        run=run,
+        fingerprint=config.fingerprint(),
+        start_step=start,
+    )
+
+
+def training_arguments(config: Config, run: Run, device: str, accumulation: int) -> Any:
+    """The library's arguments for `config`; `accumulation` is micro-batches per rank and step."""
+    from transformers import TrainingArguments
+
+    scheduler: str = config.lr_scheduler_type
+    scheduler_options: dict[str, float] = {}
+    if scheduler == "cosine" and config.min_learning_rate > 0:  # the plain one ends at 0
+        scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": config.min_learning_rate}
+    warmup = config.warmup_steps
+    cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
+    reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.path / "tensorboard")
+    return TrainingArguments(
+        output_dir=str(run.path),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * config.max_steps) if warmup is None else warmup,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=scheduler_options,
+        optim=config.optim,
+        bf16=model.compute_dtype(config, device) == torch.bfloat16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        use_liger_kernel=config.use_liger_kernel,
+        use_cpu=device == "cpu",
+        seed=config.seed,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=config.torch_timeout_s,
+        dataloader_num_workers=min(config.dataloader_num_workers, cpus - 1),
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.evaluates else "no",
+        eval_steps=config.eval_steps or None,
+        metric_for_best_model=METRIC,
+        greater_is_better=False,
+        save_strategy="no",  # callbacks ask for checkpoints, and ours writes them
+        ignore_data_skip=True,  # the loader starts at the right step by itself
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=True,
+        report_to=reports + (["wandb"] if config.use_wandb and "wandb" not in reports else []),
+        run_name=run.name,
+    )
+
+
+def _log_to_file(run: Run) -> None:
+    """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead."""
+    from ray import train
+
+    run.logs.mkdir(parents=True, exist_ok=True)
+    log = (run.logs / f"worker-{train.get_context().get_world_rank():05d}.log").open("ab", buffering=0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+
+
+def _resume_point(run: Run, mailbox: Any, rank: int) -> Path | None:
+    """The checkpoint that Ray committed last; an older one, with a note, if it is damaged."""
+    from ray import train
+
+    committed = train.get_checkpoint()
+    preferred = Path(committed.path) if committed else None
+    resume, notes = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
+    if rank == 0 and mailbox is not None:
+        for note in notes:
+            mailbox.put.remote({"kind": "note", "text": note})
+    return resume
+
+
+def _announce(mailbox: Any, rank: int, world: int, start: int) -> int:
+    import ray
+
+    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()})
+    attempt = [0]
+    if rank == 0 and mailbox is not None:
+        attempt = [ray.get(mailbox.begin_attempt.remote())]
+        mailbox.put.remote(
+            {"kind": "attempt", "attempt": attempt[0], "world_size": world, "step": start, "workers": about}
+        )
+    return checkpoint.gather(attempt[0])[0]

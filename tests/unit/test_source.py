@@ -1,0 +1,363 @@
+import json
+from datetime import date
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from manta.config import HFDatasetConfig
+from manta.data import source
+from manta.data.source import SPLITS
+from manta.errors import ConfigError, UserError
+
+ROWS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Grüße 🙂", "input": "", "output": 'a "b",\nc'},
+    {"instruction": "Last.", "input": "x", "output": "y"},
+]
+
+
+def write_json(path):
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+
+
+def write_csv(path):
+    Dataset.from_list(ROWS).to_csv(path)
+
+
+def write_parquet(path):
+    Dataset.from_list(ROWS).to_parquet(path)
+
+
+def write_folder(path):
+    path.mkdir()
+    write_jsonl(path / "rows.jsonl")
+
+
+def write_saved(path):
+    Dataset.from_list(ROWS).save_to_disk(path)
+
+
+def write_saved_splits(path):
+    other = Dataset.from_list(ROWS[:1])
+    DatasetDict({"train": Dataset.from_list(ROWS), "held_out": other}).save_to_disk(path)
+
+
+KINDS = {
+    "rows.json": write_json,
+    "rows.jsonl": write_jsonl,
+    "rows.csv": write_csv,
+    "rows.parquet": write_parquet,
+    "folder": write_folder,
+    "saved": write_saved,
+    "saved_splits": write_saved_splits,
+}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Open what is at a path, with a cache of its own."""
+
+    def open_path(path, **settings):
+        return source.open_rows(HFDatasetConfig(dataset_name=str(path), **settings), tmp_path / "cache")
+
+    return open_path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_every_kind_of_source_are_read(tmp_path, opened, name):
+    KINDS[name](tmp_path / name)
+    rendered = [source.render(HFDatasetConfig(), row, "sft") for row in opened(tmp_path / name)]
+    assert rendered == [source.render(HFDatasetConfig(), row, "sft") for row in ROWS]
+
+
+def test_the_named_split_of_a_saved_dataset_is_read(tmp_path, opened):
+    write_saved_splits(tmp_path / "saved")
+    assert len(opened(tmp_path / "saved", split="held_out")) == 1
+    with pytest.raises(UserError, match=r"no split 'test'. Give --hfdc_split one of \['train', 'held_out'\]"):
+        opened(tmp_path / "saved", split="test")
+
+
+def test_the_named_split_of_a_folder_is_read(tmp_path, opened):
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl")
+    (tmp_path / "folder" / "test.jsonl").write_text('{"output": "only"}\n')
+    assert opened(tmp_path / "folder", split="test")["output"] == ["only"]
+    with pytest.raises(UserError, match="Unknown split"):
+        opened(tmp_path / "folder", split="dev")
+
+
+@pytest.mark.parametrize("name", ["rows [1].jsonl", "a*b.jsonl", "größe.jsonl"])
+def test_a_file_is_read_whatever_its_name(tmp_path, opened, name):
+    write_jsonl(tmp_path / name)
+    assert len(opened(tmp_path / name)) == len(ROWS)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere/", "a/b/c"])
+def test_a_missing_file_is_named(tmp_path, opened, name):
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(UserError, match=r"There is no file or folder .*--hfdc_dataset_name"):
+        opened(path)
+    with pytest.raises(UserError, match="There is no file or folder"):
+        source.identity(HFDatasetConfig(dataset_name=path))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, opened):
+    (tmp_path / "rows.xlsx").touch()
+    with pytest.raises(ConfigError, match=r"rows.xlsx: a data file must end in .json, .jsonl, .csv, .parquet"):
+        opened(tmp_path / "rows.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", ""),
+        ("rows.json", "[]"),
+        ("rows.jsonl", ""),
+        ("rows.jsonl", "\n\n"),
+        ("rows.csv", ""),
+        ("rows.csv", "instruction,output\n"),
+        ("rows.parquet", ""),
+    ],
+)
+def test_an_empty_file_is_a_message(tmp_path, opened, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} holds no rows"):
+        opened(tmp_path / name)
+
+
+def test_an_empty_folder_is_a_message(tmp_path, opened):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder holds no rows"):
+        opened(tmp_path / "folder")
+
+
+def test_a_saved_dataset_without_rows_is_a_message(tmp_path, opened):
+    Dataset.from_dict({"output": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"saved (holds no rows|cannot be read)"):
+        opened(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty_rows.json", b'[{"a": 1}, {"a": ]'),
+        ("rows.jsonl", b'{"a": "x"}\n{"a": \n'),
+        ("rows.jsonl", b"\xff\xfe\x00\x01"),
+        ("rows.csv", b'a,b\n"1,2\n3'),
+        ("rows.csv", "a\né\n".encode("latin-1")),
+        ("rows.parquet", b"PAR1 and nothing more"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_reason(tmp_path, opened, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} cannot be read: \S"):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["007", "1.10", "None", "NA", "null", "nan", "true", "2024-05-01", " x "])
+def test_text_of_a_csv_stays_as_it_is_written(tmp_path, opened, text):
+    """A reader that guesses types makes 7 of 007, and no output at all of the answer None."""
+    for path in (tmp_path / "rows.csv", tmp_path / "folder" / "rows.csv"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"instruction,output\nq,{text}\n")
+    for path in (tmp_path / "rows.csv", tmp_path / "folder"):
+        data = HFDatasetConfig(dataset_name=str(path), input_template="{instruction}")
+        assert source.render(data, opened(path)[0], "sft") == ("q", text)
+
+
+def test_an_empty_cell_of_a_csv_is_empty_text(tmp_path, opened):
+    (tmp_path / "rows.csv").write_text("n,output\n1,x\n,y\n")
+    data = HFDatasetConfig(input_template="{n}")
+    assert [source.render(data, row, "sft") for row in opened(tmp_path / "rows.csv")] == [("1", "x"), ("", "y")]
+
+
+@pytest.mark.parametrize("text", ["2024-05-01", "2024-05-01 10:00:00", "2024-05-01T10:00:00Z", "12:30:00", "007"])
+def test_text_that_looks_like_a_date_stays_as_it_is_written(tmp_path, opened, text):
+    data = HFDatasetConfig(input_template="{nested}")
+    rows = [{"output": text, "nested": [text]}, {"output": text, "nested": []}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name in ("rows.jsonl", "rows.json"):
+        assert source.render(data, opened(tmp_path / name)[0], "sft") == (json.dumps([text]), text)
+
+
+def test_nothing_and_nested_values_become_text(tmp_path, opened):
+    rows = [
+        {"none": None, "list": [1, 2], "dict": {"ä": "x", "y": None}, "number": 1.5, "yes": True},
+        {"none": "some", "list": [], "dict": {"ä": "z", "y": 3}, "number": 2.0, "yes": False},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = HFDatasetConfig(input_template="{none}|{list}|{dict}", output_template="{number} {yes}")
+    first, second = (source.render(data, row, "sft") for row in opened(tmp_path / "rows.jsonl"))
+    assert first == ('|[1, 2]|{"ä": "x", "y": null}', "1.5 True")
+    assert second == ('some|[]|{"ä": "z", "y": 3}', "2.0 False")
+
+
+def test_dates_inside_nested_values_become_text():
+    data = HFDatasetConfig(input_template="", output_template="{when}")
+    assert source.render(data, {"when": {"day": date(2024, 5, 1)}}, "sft")[1] == '{"day": "2024-05-01"}'
+
+
+def test_templates_are_filled_and_values_are_not_templates():
+    data = HFDatasetConfig(input_template="{{{q}}} {q}: ", output_template="{a}")
+    row = {"q": "{a} {nothing}", "a": "%s {q} \\n"}
+    assert source.render(data, row, "sft") == ("{{a} {nothing}} {a} {nothing}: ", "%s {q} \\n")
+
+
+def test_continual_pretraining_has_no_input():
+    assert source.render(HFDatasetConfig(), {"output": "text"}, "cpt") == ("", "text")
+
+
+def test_a_mapped_field_takes_its_column():
+    data = HFDatasetConfig(field_mapping={"input": "context", "instruction": "question", "output": "answer"})
+    row = {"question": "Q", "context": "C", "answer": "A", "input": "not this"}
+    assert source.render(data, row, "sft") == ("### Instruction:\nQ\n### Input:\nC\n### Response:\n", "A")
+    source.check_columns(data, list(row), "sft")
+
+
+def test_a_template_of_a_missing_field_names_the_nearest_column():
+    data = HFDatasetConfig(input_template="{qestion}", output_template="{answer}")
+    with pytest.raises(ConfigError, match=r"input_template asks for \{qestion\}.*Did you mean question\?"):
+        source.check_columns(data, ["question", "answer"], "sft")
+
+
+def test_a_mapping_to_a_missing_column_names_the_nearest():
+    data = HFDatasetConfig(input_template="{q}", output_template="{a}", field_mapping={"a": "answr"})
+    with pytest.raises(ConfigError, match=r"output_template asks for \{a\}.*Did you mean answer\?"):
+        source.check_columns(data, ["q", "answer"], "sft")
+
+
+def test_a_field_like_no_column_points_to_the_mapping():
+    data = HFDatasetConfig(input_template="{zzz}", output_template="{a}")
+    with pytest.raises(ConfigError, match=r"columns \['a', 'b'\].*--hfdc_field_mapping"):
+        source.check_columns(data, ["a", "b"], "sft")
+
+
+def test_continual_pretraining_does_not_ask_for_the_inputs_fields():
+    source.check_columns(HFDatasetConfig(output_template="{text}"), ["text"], "cpt")
+    with pytest.raises(ConfigError, match="instruction"):
+        source.check_columns(HFDatasetConfig(output_template="{text}"), ["text"], "sft")
+
+
+def counts(splits):
+    return {name: int((splits == index).sum()) for index, name in enumerate(SPLITS)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "ratio", "test_share", "expected"),
+    [
+        (1000, 0.995, 0.4, (995, 3, 2)),
+        (1000, 0.9, 0.5, (900, 50, 50)),
+        (1000, 0.9, 0.0, (900, 100, 0)),
+        (1000, 1.0, 0.5, (1000, 0, 0)),
+        (2, 0.5, 0.5, (1, 1, 0)),
+        (7, 0.29, 0.5, (2, 3, 2)),
+    ],
+)
+def test_the_splits_have_exact_counts(rows, ratio, test_share, expected):
+    data = HFDatasetConfig(train_split_ratio=ratio, val_test_split_ratio=test_share)
+    splits = source.assign_splits(rows, data, seed=1)
+    assert splits.shape == (rows,)
+    assert tuple(counts(splits).values()) == expected
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(rows=st.integers(1, 3000), ratio=st.floats(0.01, 1), share=st.floats(0, 1))
+def test_no_count_is_off_by_more_than_one_row(rows, ratio, share):
+    data = HFDatasetConfig(train_split_ratio=ratio, val_test_split_ratio=share)
+    try:
+        found = counts(source.assign_splits(rows, data, seed=1))
+    except UserError:
+        # Only where a split that is needed would have less than a row of its own.
+        assert rows * ratio <= 1 or rows * (1 - ratio) * (1 - share) <= 1
+        return
+    assert abs(found["training"] - rows * ratio) <= 0.5
+    assert abs(found["test"] - (rows - found["training"]) * share) <= 0.5
+    assert sum(found.values()) == rows
+    assert found["validation"] > 0 or ratio == 1
+
+
+@given(rows=st.integers(20, 200), seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_the_draw_is_seeded(rows, seed):
+    data = HFDatasetConfig(train_split_ratio=0.5)
+    first = source.assign_splits(rows, data, seed)
+    assert np.array_equal(first, source.assign_splits(rows, data, seed))
+    assume(rows > 60)
+    assert not np.array_equal(first, source.assign_splits(rows, data, seed + 1))
+    assert counts(first) == counts(source.assign_splits(rows, data, seed + 1))
+
+
+def test_the_draw_is_not_the_order_of_the_file():
+    splits = source.assign_splits(1000, HFDatasetConfig(), seed=1)
+    assert (splits[:900] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ratio", "test_share", "empty"),
+    [(10, 0.99, 0.5, "validation"), (10, 0.9, 1.0, "validation"), (1, 0.9, 0.5, "validation"), (1, 0.1, 0.5, "training")],
+)
+def test_an_empty_split_that_is_needed_is_refused(rows, ratio, test_share, empty):
+    data = HFDatasetConfig(train_split_ratio=ratio, val_test_split_ratio=test_share)
+    with pytest.raises(UserError, match=f"leave the {empty} split empty. Change --hfdc_train_split_ratio"):
+        source.assign_splits(rows, data, seed=1)
+
+
+def test_the_whole_file_can_be_trained_on():
+    assert counts(source.assign_splits(1, HFDatasetConfig(train_split_ratio=1.0), seed=1))["training"] == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_changed_byte_makes_another_source(tmp_path, name):
+    data = HFDatasetConfig(dataset_name=str(tmp_path / name))
+    KINDS[name](tmp_path / name)
+    before = source.identity(data)
+    assert source.identity(data) == before
+    path = tmp_path / name
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        assert source.identity(data) != before
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert source.identity(data) == before
+
+
+def test_another_file_in_a_folder_makes_another_source(tmp_path):
+    write_folder(tmp_path / "folder")
+    data = HFDatasetConfig(dataset_name=str(tmp_path / "folder"))
+    before = source.identity(data)
+    write_jsonl(tmp_path / "folder" / "more.jsonl")
+    assert source.identity(data) != before
+
+
+def test_a_moved_file_is_the_same_source(tmp_path):
+    paths = [tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"]
+    for path in paths:
+        path.parent.mkdir()
+        write_jsonl(path)
+    one, other = (source.identity(HFDatasetConfig(dataset_name=str(path))) for path in paths)
+    assert one == other
+
+
+def test_a_plain_name_means_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert source.local_path(HFDatasetConfig(dataset_name="owner/name")) is None
+    write_folder(tmp_path / "rows")
+    assert source.local_path(HFDatasetConfig(dataset_name="rows")) is not None
+
+
+def test_the_fingerprint_follows_every_part_and_not_their_order():
+    parts = {"data": {"a": "1", "b": "2"}, "seed": 1}
+    assert source.fingerprint(parts) == source.fingerprint({"seed": 1, "data": {"b": "2", "a": "1"}})
+    assert source.fingerprint(parts) != source.fingerprint({**parts, "seed": 2})
+    assert len(source.fingerprint(parts)) == 16
