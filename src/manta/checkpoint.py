@@ -124,7 +124,9 @@ def _save_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Only what is trained: given the whole model, PEFT gathers every shard of the base, a collective on one rank.
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(str(folder))
 

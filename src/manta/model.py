@@ -91,11 +91,13 @@ def build(config: Config, placement: Placement, weights: Path | None = None) -> 
 
 
 def sharding(model: Any) -> dict[str, int]:
-    """Bytes of all parameters and of those held here, how many tensors are sharded, and how many are not."""
+    """Of the base model (not its adapters): bytes of all parameters and of those held here, tensors sharded or not."""
     from torch.distributed.tensor import DTensor
 
     figures = {"total_bytes": 0, "local_bytes": 0, "sharded": 0, "replicated": 0}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if _is_adapter(name):
+            continue
         size = parameter.element_size()
         is_sharded = isinstance(parameter.data, DTensor)
         local = parameter.data.to_local() if is_sharded else parameter.data
@@ -115,17 +117,21 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    whole = [
-        name
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name and not isinstance(parameter.data, DTensor)
-    ]
+    def is_sharded(tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+
+    parameters = {name: each.data for name, each in model.named_parameters() if not _is_adapter(name)}
+    whole = [name for name, tensor in parameters.items() if not is_sharded(tensor)]
     if whole:
         raise RuntimeError(f"{len(whole)} parameters are not sharded, such as {whole[0]}")
     units = _layer_names(model)
     loose = [name for name, module in model.named_modules() if name in units and not isinstance(module, FSDPModule)]
     if loose:
         raise RuntimeError(f"{len(loose)} layers are not FSDP units, such as {loose[0]}")
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name
 
 
 def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedModel:

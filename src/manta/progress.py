@@ -47,13 +47,10 @@ def mailbox_name(run: Path) -> str:
 def open_mailbox(run: Path) -> Any:
     """A fresh mailbox for `run`, next to the driver. It ends with its handle."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Mailbox).options(
-        name=mailbox_name(run), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here, max_concurrency=1
-    )
-    return actor.remote()
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    options = {"name": mailbox_name(run), "namespace": NAMESPACE, "num_cpus": 0, "label_selector": here}
+    return ray.remote(Mailbox).options(**options).remote()
 
 
 def find_mailbox(run: Path) -> Any | None:

@@ -426,7 +426,7 @@ def test_loading_leaves_the_overrides_unaltered(recipe):
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="There is no recipe .*nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"There is no recipe .*nowhere\.yaml"):
         Config.load(tmp_path / "nowhere.yaml")
 
 
@@ -434,7 +434,7 @@ def test_a_missing_recipe_is_named(tmp_path):
 def test_a_recipe_that_is_not_settings_is_refused(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="recipe.yaml (must hold|cannot be read)"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml (must hold|cannot be read)"):
         Config.load(path)
 
 

@@ -3,13 +3,13 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
-from tiny import EOS, tiny_tokenizer
 
 from manta.config import Config
 from manta.data import prepare, source
 from manta.data.source import SPLITS
 from manta.data.tokenize import IGNORE, load_tokenizer
 from manta.errors import ConfigError, UserError
+from tiny import EOS, tiny_tokenizer
 
 TEMPLATES = {"input_template": "Question: {q}\n", "output_template": "{a}"}
 ROWS = [{"q": f"What is {number} and {number}?", "a": f"The sum is {2 * number}."} for number in range(20)]
@@ -41,7 +41,7 @@ def write(config, rows, staging, splits=None, shard=0):
 
 
 def texts(staging, split, shard=0):
-    lines = (staging / f"{split}.jsonl.part-{shard:06d}").read_text(encoding="utf-8").splitlines()
+    lines = (staging / f"{split}.jsonl.part-{shard:06d}").read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from tiny import EOS, tiny_tokenizer
 
 from manta import SFTDataset, load_and_prepare_datasets
 from manta.config import HFDatasetConfig
 from manta.data.tokenize import IGNORE
 from manta.errors import ConfigError
+from tiny import EOS, tiny_tokenizer
 
 ROWS = [{"q": f"What is {number}?", "a": f"The sum is {number}."} for number in range(20)]
 LONG = "the capital of France " * 20

@@ -302,7 +302,12 @@ def test_the_draw_is_not_the_order_of_the_file():
 
 @pytest.mark.parametrize(
     ("rows", "ratio", "test_share", "empty"),
-    [(10, 0.99, 0.5, "validation"), (10, 0.9, 1.0, "validation"), (1, 0.9, 0.5, "validation"), (1, 0.1, 0.5, "training")],
+    [
+        (10, 0.99, 0.5, "validation"),
+        (10, 0.9, 1.0, "validation"),
+        (1, 0.9, 0.5, "validation"),
+        (1, 0.1, 0.5, "training"),
+    ],
 )
 def test_an_empty_split_that_is_needed_is_refused(rows, ratio, test_share, empty):
     data = HFDatasetConfig(train_split_ratio=ratio, val_test_split_ratio=test_share)
@@ -347,6 +352,12 @@ def test_a_moved_file_is_the_same_source(tmp_path):
         write_jsonl(path)
     one, other = (source.identity(HFDatasetConfig(dataset_name=str(path))) for path in paths)
     assert one == other
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_a_message():
+    data = HFDatasetConfig(dataset_name="manta-tests/no-such-dataset")
+    with pytest.raises(UserError, match=r"neither a file or folder here nor a dataset the hub gives.*HF_TOKEN"):
+        source.identity(data)
 
 
 def test_a_plain_name_means_the_hub(tmp_path, monkeypatch):

@@ -4,11 +4,11 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import BOS, EOS, PAD, TEXT, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from manta.data.tokenize import IGNORE, Encoder, Sample, fit, load_tokenizer, tokenizer_digest
 from manta.errors import UserError
+from tiny import BOS, EOS, PAD, TEXT, tiny_tokenizer
 
 KINDS = {
     "plain": {},

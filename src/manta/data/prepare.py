@@ -9,6 +9,7 @@ prepared/<fingerprint>/
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -133,9 +134,9 @@ def prepare(
 
 def _run_shards(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which configures it
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
@@ -150,9 +151,12 @@ def _run_shards(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[s
         return {"result": json.dumps(result)}
 
     shards = -(-len(rows) // SHARD_ROWS)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the source need only exist on this node
     job = ray.data.range(shards, override_num_blocks=shards).map(
-        work, num_cpus=1, concurrency=min(shards, config.hf_dataset_config.num_proc), scheduling_strategy=here
+        work,
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(min(shards, config.hf_dataset_config.num_proc)),
+        label_selector=here,
     )
     for row in job.iter_rows():
         yield json.loads(row["result"])

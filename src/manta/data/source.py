@@ -152,6 +152,8 @@ def _text(value: Any) -> str:
 def _load_files(path: Path, split: str, cache_dir: Path) -> Dataset:
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a file of our own is no download; offline, each count stalls
+
     def load(**options: Any) -> Dataset:
         if path.is_file():  # one file is one split, which `datasets` calls train
             files = {"path": _BUILDERS[path.suffix], "data_files": glob.escape(str(path)), "split": "train"}
