@@ -5,7 +5,9 @@ Only what help needs is imported at the top; each verb imports its stage when it
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ SECTIONS = {
     "hfdc_dataset_name": "Dataset",
     "device": "Ray and FSDP",
     "results_dir": "Output",
+}
+
+
+# What libraries say by themselves; one display of ours stands for all. Set a variable yourself to hear them again.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
@@ -112,6 +123,10 @@ def main() -> None:
 
     The stages run in this order; each leaves a folder that the next one reads.
     """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def _train(**flags: Any) -> None:

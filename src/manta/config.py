@@ -38,7 +38,7 @@ def template_fields(template: str) -> list[str]:
 class HFDatasetConfig(BaseModel):
     """Where the rows come from and how a row becomes an input (masked) and an output (trained)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dataset_name: str = Field(
         "cognitivecomputations/dolphin",
@@ -90,7 +90,7 @@ class HFDatasetConfig(BaseModel):
 class Config(BaseModel):
     """One run of Manta. `to_dict` and `from_dict` round-trip; the run's folder holds the resolved config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # --- Model
     hf_model_id: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: hub name or local folder")
@@ -258,8 +258,8 @@ class Config(BaseModel):
         return [f"{key}: {ours[key]!r} → {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
 
 
-# Settings that say where and on what a run goes on, how often it is looked at, or when it pauses: a run may be
-# resumed with others. eval_steps and save_steps shape early stopping and what is kept, not the weights at a step.
+# Settings that say where and on what a run goes on, how often it saves, or when it pauses: a run may be resumed with
+# others. How often it is evaluated is not among them, since that decides when early stopping ends it.
 NOT_SHAPING = frozenset(
     (
         *("stop_at_step", "logging_steps", "save_steps", "save_total_limit", "max_failures", "torch_timeout_s"),

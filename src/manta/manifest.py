@@ -65,7 +65,8 @@ def read(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT and isinstance(manifest.get("files"), dict)
+    return manifest if known else None
 
 
 def damage(folder: Path, content: bool = True) -> str | None:

@@ -162,7 +162,7 @@ class Display:
         self._show(force=kind == "log" and "eval_loss" in message)
 
     def note(self, text: str) -> None:
-        self.console.print(f"{self.title}: {text}", markup=False)
+        self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
 
     def _show(self, force: bool) -> None:
         step = self.figures.get("step", 0)
@@ -171,7 +171,7 @@ class Display:
         now = time.monotonic()
         if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
             self.last_plain = now
-            self.console.print(f"{self.title}: step {step}/{self.total}  {line}", markup=False)
+            self.console.print(f"{self.title}: step {step}/{self.total}  {line}", markup=False, soft_wrap=True)
 
     def _line(self) -> str:
         parts = [

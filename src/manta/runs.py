@@ -27,6 +27,7 @@ from manta.errors import UserError
 
 METRIC = "eval_loss"
 _PREFIX = "checkpoint_"
+_DATA = "data.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,19 @@ class Run:
 
     def config(self) -> Config:
         return Config.load(self.config_file)
+
+    def prepared(self) -> Path:
+        """The folder of the data that the run trains on. Raises UserError if it is not known."""
+        try:
+            return Path(json.loads((self.path / _DATA).read_text(encoding="utf-8"))["prepared"])
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} does not say which data it trained on: {_DATA} is missing.") from error
+
+    def start(self, config: Config, prepared: Path) -> None:
+        """Make the folder, with what is needed to repeat the run and to find its data."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(self.config_file, config.dump())
+        manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it has not."""

@@ -48,11 +48,12 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     config, run = resolve(config)
     finished = run.result()
     if finished and finished["status"] == FINISHED:
-        console.print(f"{title}: {run.name} is finished already; --run_name starts another.", markup=False)
+        console.print(
+            f"{title}: {run.name} is finished already; --run_name starts another.", markup=False, soft_wrap=True
+        )
         return finished
 
     with phases("check"):
-        _quiet_libraries()
         from manta import model
 
         cluster.check_device_before_start(config)
@@ -66,8 +67,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         if rows is not None:
             with phases("prepare"):
                 _prepare(config, prepared, parts, rows, console)
-        run.path.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(run.config_file, config.dump())
+        run.start(config, prepared.path)
         run.remove_unfinished()
         return _fit(config, run, prepared, phases, console, title)
 
@@ -76,7 +76,6 @@ def prepare_only(config: Config, console: Console | None = None) -> Path:
     """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError."""
     console = console or Console(stderr=True, highlight=False)
     config = _absolute(config)
-    _quiet_libraries()
     prepared, parts = prepare.locate(config)
     if not prepare.is_ready(prepared):
         rows = prepare.open_source(config, prepared)
@@ -146,9 +145,12 @@ def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], rows: An
         f"prepare: {len(rows):,} rows in {time.time() - start:.1f} s → "
         + ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test")),
         markup=False,
+        soft_wrap=True,
     )
     for reason, about in counts["noted"].items():
-        console.print(f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}", markup=False)
+        console.print(
+            f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}", markup=False, soft_wrap=True
+        )
 
 
 def max_steps(config: Config, training_samples: int) -> int:
@@ -268,11 +270,3 @@ def _root_cause(error: BaseException) -> str:
         worst = cause
     text = str(worst).strip()
     return f"{type(worst).__name__}: {text.splitlines()[-1] if text else 'no message'}"
-
-
-def _quiet_libraries() -> None:
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity_error()
