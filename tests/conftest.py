@@ -6,17 +6,27 @@ from collections.abc import Iterator
 
 import pytest
 
+from running import CANARY
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for the whole session, which `manta.train.train` uses as it finds it. Two CPUs: two workers fit."""
+    """One Ray for the whole session, which `manta.train.train` uses as it finds it. Two CPUs: two workers fit.
+
+    Every worker has a secret in its environment, as a user's workers have.
+    """
     # As Manta sets them before a Ray of its own: how soon a report or a dead worker is seen, and no GPU for workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    before = os.environ.get("HF_TOKEN")
+    os.environ["HF_TOKEN"] = CANARY
     try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()
+        os.environ.pop("HF_TOKEN")
+        if before is not None:
+            os.environ["HF_TOKEN"] = before

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_model
 
 from manta.config import Config
+from manta.data import prepare
+from manta.data.batches import SampleOrder
+from manta.data.prepare import Prepared
 from manta.runs import Run, checkpoint_path
+from tiny import tiny_model
 
+CANARY = "hf_canaryThatMustNeverBeWritten"  # HF_TOKEN of every process of the session
 CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima"}
 
 
 def write_rows(path: Path, count: int = 96) -> Path:
-    """Questions and answers of uneven length: the workers' micro-batches differ in trained tokens."""
+    """Questions and answers of uneven length, so that micro-batches differ in their number of trained tokens."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             country, city = list(CITIES.items())[number % len(CITIES)]
@@ -27,7 +32,10 @@ def write_rows(path: Path, count: int = 96) -> Path:
 
 
 def small_config(folder: Path, **settings: Any) -> Config:
-    """A run of seconds on two CPU workers, with each step's loss in metrics.jsonl."""
+    """A run of seconds on two CPU workers, with each step in metrics.jsonl; `data` holds settings of the data.
+
+    The base model is `folder/base` and the data `folder/rows.jsonl`, made on the first call.
+    """
     data = {
         "dataset_name": str(folder / "rows.jsonl"),
         "train_split_ratio": 0.75,
@@ -37,14 +45,13 @@ def small_config(folder: Path, **settings: Any) -> Config:
         "num_proc": 1,
         **settings.pop("data", {}),
     }
-    if not Path(data["dataset_name"]).exists() and Path(data["dataset_name"]).parent == folder:
+    if not (folder / "rows.jsonl").exists():
         write_rows(folder / "rows.jsonl")
-    if "hf_model_id" not in settings:
-        settings["hf_model_id"] = str(folder / "base")
-        if not (folder / "base").exists():
-            tiny_model(folder / "base")
+    if "hf_model_id" not in settings and not (folder / "base").exists():
+        tiny_model(folder / "base")
     return Config.from_dict(
         {
+            "hf_model_id": str(folder / "base"),
             "max_steps": 12,
             "max_seq_length": 96,
             "gradient_accumulation_steps": 2,
@@ -66,10 +73,36 @@ def small_config(folder: Path, **settings: Any) -> Config:
     )
 
 
+def run_of(result: dict[str, Any]) -> Run:
+    return Run(Path(result["run"]))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that may be missing, or in the middle of a write."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
 def logged(run: Run, key: str) -> dict[int, float]:
     """`key` of each step's log line; of the last attempt where several did the step."""
-    lines = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
+    return {line["step"]: line[key] for line in lines(run.metrics_file) if key in line}
+
+
+def max_gap(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    """Largest difference over steps; both must have the same steps."""
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[step] - theirs[step]) for step in ours)
+
+
+def order_of(config: Config) -> SampleOrder:
+    """The order of samples that `config` stands for, over its prepared data."""
+    rows = len(prepared_of(config).tokenized("training"))
+    micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or config.num_workers or 1)
+    return SampleOrder(rows, config.per_device_train_batch_size, micro_batches, config.seed)
+
+
+def prepared_of(config: Config) -> Prepared:
+    return prepare.locate(config)[0]
 
 
 def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
@@ -87,3 +120,22 @@ def weights(run: Run, step: int) -> dict[str, torch.Tensor]:
 def max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def on_workers(function: Callable[[dict[str, Any]], Any], argument: dict[str, Any], folder: Path) -> Any:
+    """`function(argument)` on two Ray Train workers that are joined in a gloo process group; rank 0's answer."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=argument,
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(
+            name="on_workers",
+            storage_path=str(folder),
+            worker_runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}},
+        ),
+    )
+    return trainer.fit().return_value

@@ -16,15 +16,8 @@ if TYPE_CHECKING:
 class SaveOnBestMetricCallback(TrainerCallback):
     """Ask for a checkpoint when an evaluation is the best so far."""
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        value = metrics.get(args.metric_for_best_model or METRIC)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        value = kwargs["metrics"].get(args.metric_for_best_model or METRIC)
         if value is None:
             return
         best = state.best_metric

@@ -15,15 +15,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from manta import manifest
 from manta.model import WEIGHTS
-
-if TYPE_CHECKING:
-    from manta.trainer import MantaTrainer
 
 OPTIMIZER = "optimizer"
 SCHEDULER = "scheduler.json"
@@ -31,8 +28,19 @@ POSITION = "position.json"
 TRAINER_STATE = "trainer_state.json"
 
 
-def save(trainer: MantaTrainer, folder: Path, metrics: dict[str, float], about: dict[str, Any]) -> None:
-    """Write everything that a run needs to go on exactly, each rank its own files."""
+def save(
+    folder: Path,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    state: Any,
+    position: dict[str, Any],
+    about: dict[str, Any],
+) -> None:
+    """Write everything that a run needs to go on exactly, each rank its own files; `about` goes into the manifest.
+
+    `state` is the library's TrainerState, `position` says how far the data was consumed.
+    """
     from transformers.distributed.checkpoint import save_optimizer_distributed
 
     first = _rank() == 0
@@ -40,32 +48,25 @@ def save(trainer: MantaTrainer, folder: Path, metrics: dict[str, float], about: 
         shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left of the same step
         folder.mkdir(parents=True)
     barrier()
-    _save_weights(trainer.model, folder / WEIGHTS, first)
-    save_optimizer_distributed(trainer.model, trainer.optimizer.optimizer, str(folder / OPTIMIZER))
-    step = trainer.state.global_step
+    _save_weights(model, folder / WEIGHTS, first)
+    save_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
     if first:
-        manifest.write_json(folder / SCHEDULER, trainer.lr_scheduler.state_dict())
-        trainer.state.save_to_json(str(folder / TRAINER_STATE))
-        position = {
-            "step": step,
-            "samples": step * trainer.order.micro_batches * trainer.order.batch,
-            "seed": trainer.order.seed,
-            "rng": "reseeded from (seed, step, micro-batch); there is no other state",
-        }
+        manifest.write_json(folder / SCHEDULER, scheduler.state_dict())
+        state.save_to_json(str(folder / TRAINER_STATE))
         manifest.write_json(folder / POSITION, position)
     barrier()
     files = _digest_together(folder)
     if first:
-        manifest.close(folder, files, {"kind": "checkpoint", "step": step, "metrics": metrics, **about})
+        manifest.close(folder, files, {"kind": "checkpoint", **about})
     barrier()
 
 
-def load_optimizer(trainer: MantaTrainer, folder: Path) -> None:
+def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
     """Put optimizer and scheduler back as they were, for this world size."""
     from transformers.distributed.checkpoint import load_optimizer_distributed
 
-    load_optimizer_distributed(trainer.model, trainer.optimizer.optimizer, str(folder / OPTIMIZER))
-    trainer.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+    load_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
+    scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
 
 
 def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, list[str]]:

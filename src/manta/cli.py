@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from manta import __version__
 from manta.config import Config, HFDatasetConfig, merged, read_recipe
-from manta.errors import ConfigError, TrainingError, UserError
+from manta.errors import TrainingError, UserError
 
 # First field of each section of `manta train --help`.
 SECTIONS = {
@@ -233,7 +233,4 @@ def demo(folder: str, num_workers: int) -> None:
 
 def run_verb(verb: str) -> None:
     """`manta VERB` with this process's arguments: what the guide's scripts call."""
-    main([verb, *sys.argv[1:]], prog_name=f"manta {verb}" if "-h" in sys.argv else None)
-
-
-__all__ = ["ConfigError", "main", "run_verb"]
+    main([verb, *sys.argv[1:]], prog_name="manta")

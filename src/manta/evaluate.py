@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +109,7 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
 def _test_rows(run: Run, path: Path | None) -> list[dict[str, Any]]:
     path = path or run.prepared() / "test.jsonl"
     if not path.is_file():
-        raise UserError(
-            f"There is no test data {path}. Give --test_path, or run `manta prepare` with the run's config."
-        )
+        raise UserError(f"There is no test data {path}. Give --test_path, or `manta prepare` it again.")
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     if not rows:
@@ -134,14 +131,14 @@ def _models(
     """("base", model), then ("tuned", model). With LoRA both are one model, its adapter off and on."""
     from transformers import AutoModelForCausalLM
 
-    tuned = load_tuned(config, checkpoint, dtype).to(device).eval()
+    tuned: Any = load_tuned(config, checkpoint, dtype).to(device).eval()
     if config.full_ft:
-        base = AutoModelForCausalLM.from_pretrained(
+        base: Any = AutoModelForCausalLM.from_pretrained(
             config.hf_model_id, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
         yield "base", base.to(device).eval()
-    with nullcontext() if config.full_ft else tuned.disable_adapter():
-        if not config.full_ft:
+    else:
+        with tuned.disable_adapter():
             yield "base", tuned
     yield "tuned", tuned
 
@@ -154,13 +151,8 @@ def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, A
     fitted.sort(key=lambda sample: len(sample.input_ids))
     total, tokens = 0.0, 0
     for first in range(0, len(fitted), LOSS_BATCH):
-        batch = collate(
-            [
-                {"row": 0, "input_ids": each.input_ids, "labels": each.labels}
-                for each in fitted[first : first + LOSS_BATCH]
-            ],
-            tokenizer.pad_token_id,
-        )
+        chosen = [{"row": 0, **vars(sample)} for sample in fitted[first : first + LOSS_BATCH]]
+        batch = collate(chosen, tokenizer.pad_token_id)
         batch.pop("rows")
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         total += float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss) * count
@@ -169,9 +161,7 @@ def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, A
 
 
 @torch.inference_mode()
-def _generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int, sampling: Sampling
-) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, sampling: Sampling) -> list[str]:
     """Answers in the order of `prompts`. A prompt that fills the model's length gets an empty answer."""
     limit = min(sampling.max_model_len, getattr(model.config, "max_position_embeddings", sampling.max_model_len))
     ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]

@@ -23,9 +23,9 @@ _PLAIN_EVERY_S = 5.0
 class Mailbox:
     """Ray actor on the driver's node: a queue of messages, and the count of attempts."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: int) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.attempts = 0
+        self.attempts = attempts  # of earlier drivers of the same run
 
     def begin_attempt(self) -> int:
         """Called by rank 0 of every new worker group; returns its number, from 1."""
@@ -44,13 +44,13 @@ def mailbox_name(run: Path) -> str:
     return f"mailbox:{run}"
 
 
-def open_mailbox(run: Path) -> Any:
-    """A fresh mailbox for `run`, next to the driver. It ends with its handle."""
+def open_mailbox(run: Path, attempts: int) -> Any:
+    """A fresh mailbox for `run`, which has had `attempts` already, next to the driver. It ends with its handle."""
     import ray
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     options = {"name": mailbox_name(run), "namespace": NAMESPACE, "num_cpus": 0, "label_selector": here}
-    return ray.remote(Mailbox).options(**options).remote()
+    return ray.remote(Mailbox).options(**options).remote(attempts)
 
 
 def find_mailbox(run: Path) -> Any | None:
@@ -162,7 +162,7 @@ class Display:
         self._show(force=kind == "log" and "eval_loss" in message)
 
     def note(self, text: str) -> None:
-        self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+        say(self.console, f"{self.title}: {text}")
 
     def _show(self, force: bool) -> None:
         step = self.figures.get("step", 0)
@@ -171,7 +171,7 @@ class Display:
         now = time.monotonic()
         if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
             self.last_plain = now
-            self.console.print(f"{self.title}: step {step}/{self.total}  {line}", markup=False, soft_wrap=True)
+            say(self.console, f"{self.title}: step {step}/{self.total}  {line}")
 
     def _line(self) -> str:
         parts = [
@@ -188,6 +188,11 @@ class Display:
         if "workers" in self.figures:
             parts.append(f"{self.figures['workers']} workers")
         return "  ".join(parts)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def append_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 results/<run>/
     config.yaml                  the resolved config; `manta train --config` repeats the run from it
+    data.json                    where its prepared data is
     checkpoint_00000060/         complete once it holds manifest.json
     checkpoint_manager_snapshot.json    Ray Train's own list of checkpoints
     events.jsonl                 attempts, saves, failures, in order
@@ -100,7 +101,8 @@ class Run:
     def start(self, config: Config, prepared: Path) -> None:
         """Make the folder, with what is needed to repeat the run and to find its data."""
         self.path.mkdir(parents=True, exist_ok=True)
-        manifest.write_text(self.config_file, config.dump())
+        # Where to pause belongs to one start of the run, not to the run.
+        manifest.write_text(self.config_file, config.model_copy(update={"stop_at_step": None}).dump())
         manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
 
     def result(self) -> dict[str, Any] | None:
@@ -115,6 +117,10 @@ class Run:
         if not self.events_file.exists():
             return []
         return [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
+
+    def world_sizes(self) -> list[int]:
+        """Number of workers of each attempt so far."""
+        return [event["world_size"] for event in self.events() if event["kind"] == "attempt"]
 
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""

@@ -15,7 +15,7 @@ from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
-from manta.progress import Display, Monitor, open_mailbox
+from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -141,12 +141,8 @@ def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], rows: An
 
         prepare.prepare(config, prepared, parts, rows, show)
     counts = prepared.counts
-    console.print(
-        f"prepare: {len(rows):,} rows in {time.time() - start:.1f} s → "
-        + ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test")),
-        markup=False,
-        soft_wrap=True,
-    )
+    splits = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test"))
+    say(console, f"prepare: {len(rows):,} rows in {time.time() - start:.1f} s → {splits}")
     for reason, about in counts["noted"].items():
         console.print(
             f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}", markup=False, soft_wrap=True
@@ -169,7 +165,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     from ray.train import TrainingFailedError
 
     steps = max_steps(config, prepared.counts["training"]["samples"])
-    mailbox = open_mailbox(run.path)
+    mailbox = open_mailbox(run.path, len(run.world_sizes()))
     outcome: dict[str, Any] = {}
     fit_started = time.time()
     with (
@@ -252,8 +248,8 @@ def _summarize(
         "latest_checkpoint": str(latest.path) if latest else None,
         "train_loss": outcome.get("train_loss"),
         "epoch": outcome.get("epoch"),
-        "attempts": sum(event["kind"] == "attempt" for event in run.events()),
-        "world_sizes": [event["world_size"] for event in run.events() if event["kind"] == "attempt"],
+        "attempts": len(run.world_sizes()),
+        "world_sizes": run.world_sizes(),
         "tokens": monitor.tokens,
         "tokens_per_second": round(monitor.tokens_timed / seconds, 1) if seconds > 0 else None,
         "seconds": phases.seconds,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -62,9 +63,9 @@ class MantaTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        rows = len(eval_dataset or self.eval_dataset)
-        batches = EvalBatches(rows, self.args.eval_batch_size, self.args.process_index, self.args.world_size)
-        return self._loader(eval_dataset or self.eval_dataset, batches)
+        samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rank, world = self.args.process_index, self.args.world_size
+        return self._loader(samples, EvalBatches(len(samples), self.args.eval_batch_size, rank, world))
 
     def _loader(self, samples: Any, batches: Any) -> DataLoader:
         return DataLoader(
@@ -99,16 +100,15 @@ class MantaTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not np.isfinite(float(norm)):
-            step = self.state.global_step + 1
-            rows = [row for _, _, rows in self._committed_rows(self.state.global_step) for row in rows]
+            step, samples = self.state.global_step, cast(Any, self.train_dataset)
+            entries = [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
+            rows = sorted(int(samples[row]["row"]) for _, _, rows in entries for row in rows)
             raise NonFiniteError(
-                f"The gradient of step {step} is {float(norm)}; nothing of that step was kept. Its samples are "
-                f"the rows {rows} of the training split. Look at them, lower --learning_rate, or try --dtype float32."
+                f"The gradient of step {step + 1} is {float(norm)}; nothing of that step was kept. Its samples are the "
+                f"source rows {rows} (see `row` in training.jsonl). Look at them, lower --learning_rate, or try "
+                "--dtype float32."
             )
         return norm
-
-    def _committed_rows(self, step: int) -> list[ledger.Entry]:
-        return [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Without empty groups: LoRA leaves the no-decay one empty, and a flattened load reads each group's first."""
@@ -127,8 +127,9 @@ class MantaTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Mean loss per trained token over all rows. Stock Trainer averages batch means, which depends on batching."""
-        was_training = self.model.training
-        self.model.eval()
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
         # Summed in float64 on the host, so that the division over workers changes only the last digits.
         total, tokens, rows = 0.0, 0, 0
         for inputs in dataloader:
@@ -142,35 +143,52 @@ class MantaTrainer(Trainer):
         sums = torch.tensor([total, tokens, rows], dtype=torch.float64, device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        self.model.train(was_training)
+        model.train(was_training)
         total, tokens, rows = sums.tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
         self._eval_metrics = (self.state.global_step, metrics)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=int(rows))
 
     # --- Checkpoints: the library refuses to write those of a model that was sharded at load.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint of this step, with the ledger of what it consumed."""
         step = self.state.global_step
+        states: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if hasattr(callback, "state"):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                states[type(callback).__name__] = callback.state()
         entries = [entry for part in checkpoint.gather(self.entries) for entry in part]
         if self.is_world_process_zero():
             ledger.write(self.run.ledger, self.saved_step, step, entries)
         self.entries = []
+        position = {
+            "step": step,
+            "samples": step * self.order.micro_batches * self.order.batch,
+            "seed": self.order.seed,
+            "rng": "reseeded from (seed, step, micro-batch); there is no other state",
+        }
         evaluated, metrics = self._eval_metrics
-        about = {"world_size": self.args.world_size, "config_fingerprint": self.fingerprint}
-        checkpoint.save(self, checkpoint_path(self.run.path, step), metrics if evaluated == step else {}, about)
+        about = {
+            "step": step,
+            "metrics": metrics if evaluated == step else {},
+            "world_size": self.args.world_size,
+            "config_fingerprint": self.fingerprint,
+        }
+        folder = checkpoint_path(self.run.path, step)
+        checkpoint.save(folder, self.model, self._plain_optimizer(), self.lr_scheduler, self.state, position, about)
         self.saved_step = step
+
+    def _plain_optimizer(self) -> Any:
+        """Without the library's wrapper, which torch's state-dict functions do not know."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing left to do: the model was built from the checkpoint's weights."""
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if checkpoint_path is not None:
-            checkpoint.load_optimizer(self, Path(checkpoint_path))
+            checkpoint.load_optimizer(Path(checkpoint_path), self.model, self._plain_optimizer(), self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: each micro-batch reseeds."""

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test test-fast check bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Manta needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## the whole of Manta in five minutes
+	$(BIN)/manta demo
+
+test: install  ## every test
+	$(BIN)/pytest
+
+test-fast: install  ## the tests that take seconds
+	$(BIN)/pytest -m 'not slow'
+
+check: install  ## lint, format, types, layering
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: install  ## measured ratios, written under benchmarks/results
+	$(BIN)/python benchmarks/tokenize.py
+
+clean:
+	rm -rf $(VENV) demo results prepared build dist

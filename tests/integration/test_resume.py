@@ -1,0 +1,233 @@
+"""Runs that are killed, stopped, moved to another number of workers or damaged: they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from manta import ledger
+from manta.config import Config
+from manta.errors import ConfigError
+from manta.runs import Run
+from manta.train import train
+from running import lines, logged, max_difference, max_gap, order_of, run_of, small_config, weights
+from tiny import tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+STEPS = 24
+SAVE = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_model(folder / "base", attention_dropout=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def config(request: pytest.FixtureRequest, folder: Path) -> Config:
+    """Dropout in both kinds, clipping at every step, and 3 micro-batches a step: 2 workers leave one slot empty."""
+    full = request.param == "full"
+    return small_config(
+        folder,
+        full_ft=full,
+        max_steps=STEPS,
+        save_steps=SAVE,
+        eval_steps=SAVE,
+        early_stopping_patience=0,
+        gradient_accumulation_steps=3,
+        nominal_workers=1,
+        lora_dropout=0.1,
+        max_grad_norm=0.05,
+        learning_rate=2e-3,
+        max_failures=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Config, ray_cluster: None) -> Run:
+    return run_of(train(named(config, "undisturbed")))
+
+
+def named(config: Config, name: str, **settings: Any) -> Config:
+    kind = "full" if config.full_ft else "lora"
+    return Config.from_dict({**config.to_dict(), "run_name": f"{name}-{kind}", **settings})
+
+
+def consumed(config: Config) -> list[ledger.Entry]:
+    """Every micro-batch of the run, as the order predicts it."""
+    order = order_of(config)
+    return [(step, index, order.micro_batch(step, index)) for step in range(STEPS) for index in range(3)]
+
+
+def attempts(run: Run) -> list[dict[str, Any]]:
+    return [event for event in lines(run.events_file) if event["kind"] == "attempt"]
+
+
+def when_step(run: Run, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Call `act` as soon as the log shows `step`."""
+
+    def watch() -> None:
+        limit = time.monotonic() + 180
+        while time.monotonic() < limit:
+            if max((line["step"] for line in lines(run.metrics_file)), default=0) >= step:
+                act()
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_undisturbed_run_clips_and_drops(undisturbed, config):
+    """Otherwise the comparisons below would prove less than they say."""
+    assert min(logged(undisturbed, "grad_norm").values()) > config.max_grad_norm
+    assert ledger.read(undisturbed.ledger, STEPS) == consumed(config)
+
+
+def test_killed_worker_costs_nothing_but_time(undisturbed, config, record_property):
+    config = named(config, "killed")
+    run = Run(Path(config.results_dir) / config.run_name)
+    rng = random.Random(f"kill {config.full_ft}")
+    step, rank = rng.randrange(SAVE + 2, 2 * SAVE), rng.randrange(2)
+    killed: list[float] = []
+
+    def kill() -> None:
+        os.kill(attempts(run)[0]["workers"][rank]["pid"], signal.SIGKILL)
+        killed.append(time.time())
+
+    watcher = when_step(run, step, kill)
+    result = train(config)
+    watcher.join()
+
+    assert len(killed) == 1
+    assert result["status"] == "finished" and result["steps"] == STEPS
+    assert result["attempts"] == 2 and result["world_sizes"] == [2, 2]
+    first, second = attempts(run)
+    assert second["step"] >= SAVE and second["step"] % SAVE == 0  # from a checkpoint, and not from the start
+    done = max(line["step"] for line in lines(run.metrics_file) if line["attempt"] == 1)
+    assert step <= done < STEPS and done - second["step"] <= 2 * SAVE
+    assert first["workers"][rank]["pid"] not in [worker["pid"] for worker in second["workers"]]
+
+    assert ledger.read(run.ledger, STEPS) == consumed(config)
+    difference = max_difference(weights(run, STEPS), weights(undisturbed, STEPS))
+    again = min(line["time"] for line in lines(run.metrics_file) if line["attempt"] == 2)
+    record_property("killed_at", f"step {done}, from {second['step']}; Δ {difference}; {again - killed[0]:.1f} s")
+    assert difference <= 1e-6
+
+
+def test_two_workers_then_one_then_two_take_the_same_steps(undisturbed, config, record_property):
+    for workers, stop in ((2, 7), (1, 16), (2, None)):
+        result = train(named(config, "elastic", num_workers=workers, stop_at_step=stop))
+        assert result["status"] == ("stopped" if stop else "finished") and result["steps"] == (stop or STEPS)
+    run = run_of(result)
+    assert result["world_sizes"] == [2, 1, 2]
+    assert [event["step"] for event in attempts(run)] == [0, 7, 16]
+    assert ledger.read(run.ledger, STEPS) == consumed(config)
+    gaps = {key: max_gap(logged(run, key), logged(undisturbed, key)) for key in ("loss", "eval_loss", "grad_norm")}
+    gaps["weights"] = max_difference(weights(run, STEPS), weights(undisturbed, STEPS))
+    record_property("gaps", str(gaps))
+    assert list(logged(run, "loss")) == list(range(1, STEPS + 1))
+    assert gaps["loss"] <= 1e-5 and gaps["eval_loss"] <= 1e-5
+    assert logged(run, "learning_rate") == logged(undisturbed, "learning_rate")
+    assert logged(run, "epoch") == logged(undisturbed, "epoch")
+
+
+def test_damaged_checkpoint_is_passed_over(undisturbed, config):
+    stopped = train(named(config, "damaged", stop_at_step=2 * SAVE))
+    run = run_of(stopped)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [SAVE, 2 * SAVE]
+    newest = next((run.path / "checkpoint_00000012" / "model").glob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 0x40  # inside a weight: the file still loads
+    newest.write_bytes(content)
+
+    result = train(named(config, "damaged"))
+    assert result["status"] == "finished"
+    assert [event["step"] for event in attempts(run)] == [0, SAVE]
+    notes = [event["text"] for event in lines(run.events_file) if event["kind"] == "note"]
+    assert len(notes) == 1 and notes[0].startswith("checkpoint_00000012 is not used:") and newest.name in notes[0]
+    assert [checkpoint.step for checkpoint in run.checkpoints()][-1] == STEPS
+    assert ledger.read(run.ledger, STEPS) == consumed(config)
+    assert max_difference(weights(run, STEPS), weights(undisturbed, STEPS)) <= 1e-6
+
+
+def test_other_settings_under_the_same_name_are_refused(undisturbed):
+    before = undisturbed.config_file.read_text()
+    changed = Config.load(undisturbed.config_file, {"learning_rate": 1e-3, "hf_dataset_config": {"split": "other"}})
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.002 → 0\.001; .*split: 'train' → 'other'.*--run_name"):
+        train(changed)
+    assert undisturbed.config_file.read_text() == before
+
+
+def test_patience_is_counted_over_a_stop(tmp_path):
+    """A learning rate near 0 never improves: evaluations at 2, 4, 6, 8, of which the last is the third without."""
+    config = small_config(
+        tmp_path,
+        num_workers=1,
+        max_steps=20,
+        eval_steps=2,
+        learning_rate=1e-12,
+        min_learning_rate=0,
+        early_stopping_patience=3,
+        run_name="patient",
+    )
+    train(config.model_copy(update={"stop_at_step": 5}))
+    result = train(config)
+    assert list(logged(run_of(result), "eval_loss")) == [2, 4, 6, 8]
+    assert result["steps"] == 8 and result["stopped_early"] is True
+
+
+def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
+    config = small_config(tmp_path, num_workers=1, nominal_workers=2, max_steps=60, save_steps=10, eval_steps=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.dump())
+    command = [sys.executable, "-m", "manta", "train", "--config", str(recipe), "--run_name", "driver"]
+    run = Run(tmp_path / "results" / "driver")
+
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    family: list[psutil.Process] = []
+
+    def kill() -> None:
+        family.extend(psutil.Process(driver.pid).children(recursive=True))
+        driver.kill()
+
+    try:
+        when_step(run, 25, kill).join()
+        assert driver.wait(timeout=10) == -signal.SIGKILL
+    finally:
+        driver.kill()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert run.result() is None  # it had no time to say how it ended
+    committed = run.latest().step
+    assert 10 <= committed < 60
+
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    result = run.result()
+    assert result["status"] == "finished" and result["steps"] == 60 and result["attempts"] == 2
+    second = attempts(run)[1]
+    assert second["step"] in (committed, committed - 10)  # a save that Ray had not recorded yet does not count
+    order = order_of(config)
+    expected = [(step, index, order.micro_batch(step, index)) for step in range(60) for index in range(4)]
+    assert ledger.read(run.ledger, 60) == expected
