@@ -9,6 +9,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,27 +41,21 @@ class Mailbox:
         return drained
 
 
-def mailbox_name(run: Path) -> str:
-    return f"mailbox:{run}"
-
-
-def open_mailbox(run: Path, attempts: int) -> Any:
-    """A fresh mailbox for `run`, which has had `attempts` already, next to the driver. It ends with its handle."""
+def open_mailbox(attempts: int) -> tuple[Any, str]:
+    """A mailbox by the driver, for a run that has had `attempts` already, and its name; it ends with its handle."""
     import ray
 
+    name = f"mailbox-{uuid.uuid4().hex}"
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    options = {"name": mailbox_name(run), "namespace": NAMESPACE, "num_cpus": 0, "label_selector": here}
-    return ray.remote(Mailbox).options(**options).remote(attempts)
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "label_selector": here}
+    return ray.remote(Mailbox).options(**options).remote(attempts), name
 
 
-def find_mailbox(run: Path) -> Any | None:
-    """The mailbox of `run`, or None where nobody listens (a train function run outside `manta train`)."""
+def find_mailbox(name: str | None) -> Any | None:
+    """The mailbox of that name, or None where nobody listens (a train function run outside `manta train`)."""
     import ray
 
-    try:
-        return ray.get_actor(mailbox_name(run), namespace=NAMESPACE)
-    except ValueError:
-        return None
+    return ray.get_actor(name, namespace=NAMESPACE) if name else None
 
 
 class Monitor:

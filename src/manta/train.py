@@ -165,7 +165,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     from ray.train import TrainingFailedError
 
     steps = max_steps(config, prepared.counts["training"]["samples"])
-    mailbox = open_mailbox(run.path, len(run.world_sizes()))
+    mailbox, name = open_mailbox(len(run.world_sizes()))
     outcome: dict[str, Any] = {}
     fit_started = time.time()
     with (
@@ -174,7 +174,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     ):
         try:
             with phases("fit"):
-                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared).fit()
+                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, name).fit()
             outcome = result.return_value or {"failure": "the workers returned nothing"}
         except TrainingFailedError as error:
             outcome = {"failure": _root_cause(error)}
@@ -190,7 +190,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     return summary
 
 
-def _trainer(config: Config, run: Run, prepared: Prepared) -> Any:
+def _trainer(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -204,7 +204,12 @@ def _trainer(config: Config, run: Run, prepared: Prepared) -> Any:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return TorchTrainer(
         cast(Any, train_func),  # returning a value is documented, and missing from the annotation
-        train_loop_config={**config.to_dict(), "run": str(run.path), "prepared": str(prepared.path)},
+        train_loop_config={
+            **config.to_dict(),
+            "run": str(run.path),
+            "prepared": str(prepared.path),
+            "mailbox": mailbox,
+        },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers or 1,
             use_gpu=on == "cuda",

@@ -144,6 +144,9 @@ class MantaTrainer(Trainer):
         if dist.is_initialized():
             dist.all_reduce(sums)
         model.train(was_training)
+        for module in model.modules():  # without a backward pass, the root's weights stay gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
         total, tokens, rows = sums.tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
         self._eval_metrics = (self.state.global_step, metrics)

@@ -24,21 +24,23 @@ from manta.trainer import MantaTrainer, reseed
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
 
-    `config_dict` is `Config.to_dict()` with two keys more: `run` (the run's folder) and `prepared` (the data's).
+    `config_dict` is `Config.to_dict()` with keys more: `run` (the run's folder), `prepared` (the data's) and, if the
+    driver listens, `mailbox` (an actor's name).
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
     settings = dict(config_dict)
     run, prepared = Run(Path(settings.pop("run"))), Prepared(Path(settings.pop("prepared")))
+    mailbox = progress.find_mailbox(settings.pop("mailbox", None))
     config = Config.from_dict(settings)
     _log_to_file(run)
     try:
-        return _train(config, run, prepared)
+        return _train(config, run, prepared, mailbox)
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
 
 
-def _train(config: Config, run: Run, prepared: Prepared) -> dict[str, Any]:
+def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[str, Any]:
     from ray import train
     from ray.train.torch import get_device
 
@@ -46,7 +48,6 @@ def _train(config: Config, run: Run, prepared: Prepared) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
 
-    mailbox = progress.find_mailbox(run.path)
     resume = _resume_point(run, mailbox, rank)
     start = 0 if resume is None else int(resume.name.rpartition("_")[2])
     attempt = _announce(mailbox, rank, world, start)

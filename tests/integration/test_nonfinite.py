@@ -1,0 +1,85 @@
+"""A NaN is stopped at its step: it reaches neither the weights nor a checkpoint, and is not tried again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from manta.config import Config
+from manta.errors import TrainingError
+from manta.runs import Run
+from manta.train import train
+from running import lines, logged, order_of, prepared_of, small_config, weights
+from tiny import tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def spoil(folder: Path, tensor: str, row: int, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state[tensor][row] = value
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def failure(config: Config) -> tuple[Run, str]:
+    with pytest.raises(TrainingError) as caught:
+        train(config)
+    return Run(Path(config.results_dir) / config.run_name), str(caught.value)
+
+
+def source_rows(config: Config, step: int) -> set[int]:
+    """Numbers, in the source, of the rows that `step` (from 0) trains on."""
+    samples, order = prepared_of(config).tokenized("training"), order_of(config)
+    batches = [order.micro_batch(step, index) for index in range(order.micro_batches)]
+    return {samples[row]["row"] for batch in batches for row in batch}
+
+
+def test_infinite_weight_of_the_base_stops_the_first_step(tmp_path):
+    tiny_model(tmp_path / "base")
+    spoil(tmp_path / "base", "model.layers.1.mlp.down_proj.weight", 3, float("inf"))
+    run, message = failure(small_config(tmp_path, full_ft=True, run_name="spoiled", eval_steps=0, save_steps=1))
+    assert "step 1 " in message and "nan" in message
+    assert run.result()["attempts"] == 1 and run.result()["status"] == "failed"
+    assert list(run.path.glob("checkpoint_0*")) == []
+
+
+@pytest.mark.parametrize("clip", [1.0, 0])
+def test_nan_from_one_row_stops_at_its_step_and_names_it(tmp_path, clip):
+    """One word's embedding is NaN: training is well until the one row that has this word."""
+    tokenizer_of = tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    config = small_config(
+        tmp_path,
+        run_name="rare",
+        eval_steps=0,
+        save_steps=1,
+        max_grad_norm=clip,
+        num_workers=2 if clip else 1,
+        max_failures=2,
+        data={"train_split_ratio": 1.0},
+    )
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    (rare,) = tokenizer("~")["input_ids"]
+    assert all(rare not in tokenizer(row)["input_ids"] for row in rows)
+    poisoned = 17
+    rows[poisoned] = rows[poisoned].replace("the capital", "the ~ capital")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    spoil(tmp_path / "base", "model.embed_tokens.weight", rare, float("nan"))
+
+    run, message = failure(config)
+    named = {int(number) for number in re.search(r"rows \[([\d, ]+)\]", message).group(1).split(",")}
+    step = int(re.search(r"step (\d+) is nan", message).group(1))
+    assert step > 1
+    assert poisoned in named and named == source_rows(config, step - 1)
+    assert run.result()["attempts"] == 1
+    assert [event["kind"] for event in lines(run.events_file)].count("attempt") == 1
+    assert run.latest().step == step - 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(run, step - 1).values())
+    assert list(logged(run, "loss")) == list(range(1, step))
