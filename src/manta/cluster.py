@@ -18,6 +18,7 @@ _HEALTH_CHECK_INTERVAL_S = "0.25"
 def connected(config: Config) -> Iterator[None]:
     """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_INTERVAL_S)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
