@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,11 @@ def max_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
 
 def on_workers(function: Callable[[dict[str, Any]], Any], argument: dict[str, Any], folder: Path) -> Any:
     """`function(argument)` on two Ray Train workers that are joined in a gloo process group; rank 0's answer."""
+    from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    cloudpickle.register_pickle_by_value(sys.modules[function.__module__])  # workers cannot import a test
     trainer = TorchTrainer(
         function,
         train_loop_config=argument,

@@ -147,7 +147,7 @@ def test_saved_config_repeats_the_run(result, folder):
 
 
 def test_stops_when_eval_loss_no_longer_falls_and_keeps_best_and_newest(tmp_path):
-    """Training answers teach letters that no validation answer has, so that eval loss rises from the first."""
+    """Training answers teach letters that no validation answer has, so that eval loss soon rises."""
     config = small_config(
         tmp_path,
         full_ft=True,
@@ -164,11 +164,14 @@ def test_stops_when_eval_loss_no_longer_falls_and_keeps_best_and_newest(tmp_path
     result = train(config)
     run = run_of(result)
     losses = logged(run, "eval_loss")
-    assert list(losses) == [2, 4, 6, 8] and losses[2] < losses[4] < losses[6] < losses[8]
-    assert result["stopped_early"] is True and result["status"] == "finished" and result["steps"] == 8
-    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 8]
-    assert result["best_checkpoint"].endswith("_00000002") and result["latest_checkpoint"].endswith("_00000008")
-    assert result["best_metric"] == losses[2]
+    best = min(losses, key=lambda step: losses[step])
+    last = best + 3 * config.eval_steps
+    assert list(losses) == list(range(2, last + 1, 2)) and 0 < best < last < 40
+    assert result["stopped_early"] is True and result["status"] == "finished" and result["steps"] == last
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [best, last]
+    assert result["best_checkpoint"] == str(run.checkpoints()[0].path)
+    assert result["latest_checkpoint"] == str(run.checkpoints()[1].path)
+    assert result["best_metric"] == losses[best]
 
 
 def test_epochs_give_the_number_of_steps(tmp_path):
@@ -236,15 +239,7 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             "units": sorted(name for name, module in network.named_modules() if isinstance(module, FSDPModule)),
         }
 
-    answers = {}
-    for name, values in argument["variants"].items():
-        try:
-            answers[name] = one({**values, "run_name": name})
-        except Exception as error:
-            import traceback
-
-            answers[name] = {"error": f"{error}\n{traceback.format_exc()}"}
-    return answers
+    return {name: one({**values, "run_name": name}) for name, values in argument["variants"].items()}
 
 
 def gpt2(folder: Path) -> str:
@@ -291,7 +286,6 @@ SHARDED = ["lora-grad-op", "full-grad-op", "full-hybrid", "full-offload", "lora-
 def test_way_of_sharding_does_not_change_training(variants, name):
     """Also over a save and a resume in the middle."""
     ours, plain = variants[name], variants[name.partition("-")[0]]
-    assert "error" not in ours, ours["error"]
     assert list(ours["loss"]) == list(range(1, 13))
     assert max_gap(ours["loss"], plain["loss"]) <= 1e-5
     assert max_gap(ours["eval_loss"], plain["eval_loss"]) <= 1e-5
@@ -300,7 +294,6 @@ def test_way_of_sharding_does_not_change_training(variants, name):
 @pytest.mark.parametrize("name", ["lora", "full", *SHARDED, "lora-bf16", "full-bf16", "full-gpt2", "lora-gpt2"])
 def test_each_worker_holds_half_and_each_layer_is_a_unit(variants, name):
     ours = variants[name]
-    assert "error" not in ours, ours["error"]
     for worker in ours["sharding"]:
         assert worker["replicated"] == 0
         assert 0.45 <= worker["local_bytes"] / worker["total_bytes"] <= 0.55
@@ -317,14 +310,12 @@ def test_no_shard_keeps_whole_parameters(variants, name):
 @pytest.mark.parametrize("name", ["lora", "lora-grad-op", "lora-ddp", "lora-bf16", "lora-all-linear", "lora-gpt2"])
 def test_lora_moves_adapters_and_nothing_of_the_base(variants, name):
     ours = variants[name]
-    assert "error" not in ours, ours["error"]
     assert ours["moved"] and all("lora_" in each for each in ours["moved"])
     assert ours["still"] and not any("lora_" in each for each in ours["still"])
 
 
 @pytest.mark.parametrize("name", ["full", "full-ddp", "full-hybrid", "full-bf16", "full-gpt2"])
 def test_full_moves_everything(variants, name):
-    assert "error" not in variants[name], variants[name]["error"]
     assert variants[name]["still"] == []
 
 
