@@ -31,7 +31,7 @@ check: install  ## lint, format, types, layering
 	$(BIN)/lint-imports --no-logo
 
 bench: install  ## measured ratios, written under benchmarks/results
-	$(BIN)/python benchmarks/tokenize.py
+	$(BIN)/python benchmarks/labels.py
 
 clean:
 	rm -rf $(VENV) demo results prepared build dist

@@ -35,7 +35,7 @@ _SENTENCES = (
     "{digits} is read as {words}.",
     "We counted {words} birds, that is {digits}, and then one more.",
 )
-_QUESTION = "Question: write {words} in digits.\nAnswer:"
+_QUESTION = "Question: write {words} in digits.\nAnswer: "
 
 
 def in_words(number: int) -> str:
@@ -120,7 +120,7 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     for number in range(1000):
         words, digits = in_words(number), str(number)
         sentences += [{"text": each.format(words=words, digits=digits)} for each in _SENTENCES]
-        questions.append({"question": _QUESTION.format(words=words), "answer": f" {digits}"})
+        questions.append({"question": _QUESTION.format(words=words), "answer": digits})
     draw.shuffle(sentences)
     paths = folder / "corpus.jsonl", folder / "questions.jsonl"
     for path, rows in zip(paths, (sentences, questions), strict=True):

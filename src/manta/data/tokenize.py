@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from manta.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label that cross-entropy skips, as in PyTorch and transformers
@@ -68,33 +69,33 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.eos = tokenizer.eos_token_id
-        # Some tokenizers (Llama 3) trim a token's spaces from its offsets, which hides a token that spans the boundary.
-        self.trims_offsets = tokenizer.is_fast and any(
-            start == 2 for start, _ in tokenizer("a b", return_offsets_mapping=True)["offset_mapping"]
-        )
+        # The Rust tokenizer itself: it gives spans one by one, without a list of all of them.
+        self.backend: Tokenizer | None = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self.trims_offsets = False
+        if self.backend is not None:
+            self.backend.no_truncation()  # lengths are `fit`'s affair, and some tokenizers come with a limit
+            self.backend.no_padding()
+            # Some tokenizers (Llama 3) trim a token's spaces from its span, which hides one that spans the boundary.
+            self.trims_offsets = any(start == 2 for start, _ in self.backend.encode("a b").offsets)
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
-        if not self.tokenizer.is_fast:
+        if self.backend is None:
             return [self._sample(*self._apart(*pair)) for pair in zip(inputs, outputs, strict=True)]
-        texts = [prompt + answer for prompt, answer in zip(inputs, outputs, strict=True)]
-        if not texts:
-            return []  # which transformers cannot tokenize
-        batch = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        return [
-            self._divide(prompt, answer, ids, offsets)
-            for prompt, answer, ids, offsets in zip(
-                inputs, outputs, batch["input_ids"], batch["offset_mapping"], strict=True
-            )
-        ]
+        encodings = self.backend.encode_batch([a + b for a, b in zip(inputs, outputs, strict=True)])
+        return [self._divide(*each) for each in zip(inputs, outputs, encodings, strict=True)]
 
-    def _divide(self, prompt: str, answer: str, ids: list[int], offsets: list[tuple[int, int]]) -> Sample:
-        length = len(ids)
-        while length > 1 and offsets[length - 1] == (0, 0):  # special tokens that the tokenizer itself appended
-            length -= 1
-        ids, boundary = ids[:length], len(prompt)
+    def _divide(self, prompt: str, answer: str, encoding: Encoding) -> Sample:
+        ids, boundary = encoding.ids, len(prompt)
+        while len(ids) > 1 and encoding.token_to_chars(len(ids) - 1) is None:
+            ids.pop()  # special tokens that the tokenizer itself appended have no place in the text
+
+        def end(index: int) -> int:
+            span = encoding.token_to_chars(index)
+            return span[1] if span else 0  # those it put in front
+
         # Ends never fall, so the first token that reaches past the boundary is found by bisection.
-        first = bisect_right(offsets, boundary, hi=length, key=lambda span: span[1])
-        spans = first < length and offsets[first][0] < boundary
+        first = bisect_right(range(len(ids)), boundary, key=end)
+        spans = first < len(ids) and (encoding.token_to_chars(first) or (boundary,))[0] < boundary
         if spans or (self.trims_offsets and (prompt[-1:].isspace() or answer[:1].isspace())):
             masked, trained = self._apart(prompt, answer)
             return self._sample(masked, trained, merged_boundary=masked + trained != ids)
