@@ -113,10 +113,25 @@ def _save_weights(model: Any, folder: Path, first: bool) -> None:
         if first:  # adapters are replicated: one rank holds all there is
             _save_adapter(model, folder)
     elif getattr(model, "is_distributed_loading_by_transformers", False):
+        hook = model.register_state_dict_post_hook(_separate_tied)
         model.save_pretrained(str(folder), distributed_checkpoint=True)
+        hook.remove()
     elif first:
         model.save_pretrained(str(folder))
     barrier()
+
+
+def _separate_tied(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give tied weights storage of their own: safetensors refuses to write shared memory, and loading wants each name.
+
+    Needed after a resume only: a first load leaves views, which the writer copies.
+    """
+    seen = set()
+    for name, tensor in state.items():
+        address = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
+        if address in seen:
+            state[name] = tensor.clone()
+        seen.add(address)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:

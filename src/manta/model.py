@@ -161,7 +161,7 @@ def _distributed(config: Config, placement: Placement) -> Any:
         fsdp_size=placement.world_size // replicas,
         dp_replicate_size=replicas,
         fsdp_plan=dict.fromkeys(sorted(layers), style),
-        fsdp_cpu_offload=config.fsdp_cpu_offload,
+        fsdp_cpu_offload=config.fsdp_cpu_offload and placement.device.type != "cpu",  # there already, and unpinnable
         fsdp_mixed_precision=config.full_ft and compute_dtype(config, placement.device.type) == torch.bfloat16,
     )
 

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from manta.errors import UserError
 
@@ -80,32 +80,54 @@ class Encoder:
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
         if self.backend is None:
-            return [self._sample(*self._apart(*pair)) for pair in zip(inputs, outputs, strict=True)]
+            return [self._sample(*pair) for pair in self._apart(inputs, outputs)]
         encodings = self.backend.encode_batch([a + b for a, b in zip(inputs, outputs, strict=True)])
-        return [self._divide(*each) for each in zip(inputs, outputs, encodings, strict=True)]
+        whole = [self._without_appended(encoding) for encoding in encodings]
+        samples: list[Sample | None] = [
+            self._divide(*each) for each in zip(inputs, outputs, whole, encodings, strict=True)
+        ]
+        torn = [i for i, sample in enumerate(samples) if sample is None]
+        apart = self._apart([inputs[i] for i in torn], [outputs[i] for i in torn])
+        for i, (masked, trained) in zip(torn, apart, strict=True):
+            samples[i] = self._sample(masked, trained, merged_boundary=masked + trained != whole[i])
+        return cast(list[Sample], samples)
 
-    def _divide(self, prompt: str, answer: str, encoding: Encoding) -> Sample:
-        ids, boundary = encoding.ids, len(prompt)
+    @staticmethod
+    def _without_appended(encoding: Encoding) -> list[int]:
+        """Ids without the special tokens that the tokenizer itself appended, which have no place in the text."""
+        ids = encoding.ids
         while len(ids) > 1 and encoding.token_to_chars(len(ids) - 1) is None:
-            ids.pop()  # special tokens that the tokenizer itself appended have no place in the text
+            ids.pop()
+        return ids
+
+    def _divide(self, prompt: str, answer: str, ids: list[int], encoding: Encoding) -> Sample | None:
+        """Input and output of a text tokenized whole, or None if a token spans the boundary, or may do so unseen."""
+        if self.trims_offsets and (prompt[-1:].isspace() or answer[:1].isspace()):
+            return None
+        boundary = len(prompt)
 
         def end(index: int) -> int:
             span = encoding.token_to_chars(index)
-            return span[1] if span else 0  # those it put in front
+            return span[1] if span else 0  # a special token put in front
 
         # Ends never fall, so the first token that reaches past the boundary is found by bisection.
         first = bisect_right(range(len(ids)), boundary, key=end)
-        spans = first < len(ids) and (encoding.token_to_chars(first) or (boundary,))[0] < boundary
-        if spans or (self.trims_offsets and (prompt[-1:].isspace() or answer[:1].isspace())):
-            masked, trained = self._apart(prompt, answer)
-            return self._sample(masked, trained, merged_boundary=masked + trained != ids)
+        if first < len(ids) and (encoding.token_to_chars(first) or (boundary,))[0] < boundary:
+            return None
         return self._sample(ids[:first], ids[first:])
 
-    def _apart(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        masked = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if masked and masked[-1] == self.eos and not prompt.endswith(str(self.tokenizer.eos_token)):
-            masked = masked[:-1]  # appended by the tokenizer, not written by the user
-        return masked, self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    def _apart(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each input and each output, tokenized by themselves."""
+        if not inputs:
+            return []
+        prompts = self.tokenizer(list(inputs), verbose=False)["input_ids"]
+        answers = self.tokenizer(list(outputs), add_special_tokens=False, verbose=False)["input_ids"]
+        written = [prompt.endswith(str(self.tokenizer.eos_token)) for prompt in inputs]
+        return [
+            # An EOS that the tokenizer appended to the prompt, not the user, would end it before the answer.
+            (ids[:-1] if ids and ids[-1] == self.eos and not own else ids, answer)
+            for ids, answer, own in zip(prompts, answers, written, strict=True)
+        ]
 
     def _sample(self, masked: list[int], trained: list[int], merged_boundary: bool = False) -> Sample:
         if not trained or trained[-1] != self.eos:
