@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta.runs import METRIC, checkpoint_path
+from manta.runs import METRIC, newest_path
 
 if TYPE_CHECKING:
     from manta.trainer import MantaTrainer
@@ -58,7 +58,7 @@ class RayTrainReportCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from ray import train
 
-        path = checkpoint_path(Path(args.output_dir or "."), state.global_step)
+        path = newest_path(Path(args.output_dir or "."), state.global_step)
         metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
         for log in state.log_history:
             if log.get("step") == state.global_step:

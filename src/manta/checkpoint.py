@@ -69,13 +69,13 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
 
 
-def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, list[str]]:
+def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dict[str, str]]:
     """The checkpoint to go on from: `preferred`, or the newest of `others` if it is damaged. Rank 0 decides for all.
 
-    Returns it, and a line for each checkpoint passed over. Verified by hash: the optimizer's index is a pickle, and
-    flipped bits in weights load without complaint.
+    Returns it, and for each checkpoint passed over its name and what is wrong with it. Verified by hash: the
+    optimizer's index is a pickle, and flipped bits in weights load without complaint.
     """
-    decision: list[Any] = [None, []]
+    decision: list[Any] = [None, {}]
     if _rank() == 0:
         candidates = [preferred] if preferred else []
         candidates += sorted((path for path in others if path != preferred), reverse=True)
@@ -84,7 +84,7 @@ def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, lis
             if problem is None:
                 decision[0] = path
                 break
-            decision[1].append(f"{path.name} is not used: {problem}")
+            decision[1][path.name] = problem
     if dist.is_initialized():
         dist.broadcast_object_list(decision, src=0)
     return decision[0], decision[1]

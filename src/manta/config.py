@@ -113,6 +113,9 @@ class Config(BaseModel):
     stop_at_step: int | None = Field(
         None, ge=1, description="Save and leave after this step; the same command without it goes on"
     )
+    resume_from_checkpoint: bool = Field(
+        True, description="Go on from the run's last checkpoint; false: refuse a run that has begun"
+    )
     max_seq_length: int = Field(2048, ge=2, description="Longest sample, in tokens")
     overlong_policy: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="Samples over max_seq_length: cut the end, leave out (counted), or stop"
@@ -262,11 +265,11 @@ class Config(BaseModel):
 # others. How often it is evaluated is not among them, since that decides when early stopping ends it.
 NOT_SHAPING = frozenset(
     (
-        *("stop_at_step", "logging_steps", "save_steps", "save_total_limit", "max_failures", "torch_timeout_s"),
+        *("resume_from_checkpoint", "stop_at_step", "logging_steps", "save_steps", "save_total_limit"),
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
-        *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation"),
+        *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
-        *("dataloader_num_workers", "per_device_eval_batch_size"),
+        *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s"),
     )
 )
 

@@ -167,8 +167,10 @@ def _distributed(config: Config, placement: Placement) -> Any:
 
 
 def _architecture(config: Config) -> PretrainedConfig:
+    from huggingface_hub.utils import logging
     from transformers import AutoConfig
 
+    logging.set_verbosity_error()  # one message at the end instead of one per retry
     try:
         return AutoConfig.from_pretrained(config.hf_model_id, trust_remote_code=config.trust_remote_code)
     except Exception as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,22 @@ class Checkpoint:
         return math.inf if math.isnan(value) else value
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / f"{_PREFIX}{step:08d}"
+def checkpoint_path(run: Path, step: int, taken: Collection[str] = ()) -> Path:
+    """Where the checkpoint of `step` goes. Names in `taken` are avoided: Ray lists them, and deletes by name."""
+    name = f"{_PREFIX}{step:08d}"
+    again = 0
+    while (chosen := f"{name}.{again}" if again else name) in taken:
+        again += 1
+    return run / chosen
+
+
+def newest_path(run: Path, step: int) -> Path:
+    """The checkpoint of `step`, as it was written last."""
+    return max(run.glob(f"{_PREFIX}{step:08d}*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX).partition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -101,8 +116,8 @@ class Run:
     def start(self, config: Config, prepared: Path) -> None:
         """Make the folder, with what is needed to repeat the run and to find its data."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # Where to pause belongs to one start of the run, not to the run.
-        manifest.write_text(self.config_file, config.model_copy(update={"stop_at_step": None}).dump())
+        one_start = {"stop_at_step": None, "resume_from_checkpoint": True}  # belong to this start, not to the run
+        manifest.write_text(self.config_file, config.model_copy(update=one_start).dump())
         manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
 
     def result(self) -> dict[str, Any] | None:

@@ -61,6 +61,8 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         prepared, parts = prepare.locate(config)
         rows = None if prepare.is_ready(prepared) else prepare.open_source(config, prepared)
     with ExitStack() as stack:
+        if rows is not None:
+            stack.callback(prepare.forget_source, prepared)
         with phases("ray"):
             stack.enter_context(cluster.connected(config))
         config = _place(config)
@@ -93,6 +95,11 @@ def resolve(config: Config) -> tuple[Config, Run]:
     run = runs.of(config)
     config = config.model_copy(update={"run_name": run.name})
     if run.config_file.exists():
+        if not config.resume_from_checkpoint:
+            raise ConfigError(
+                f"The run {run.path} has begun. Give --run_name for a new one, or leave out "
+                "--resume_from_checkpoint false to go on with it."
+            )
         before = run.config()
         if config.nominal_workers is None:
             config = config.model_copy(update={"nominal_workers": before.nominal_workers})
@@ -162,6 +169,7 @@ def max_steps(config: Config, training_samples: int) -> int:
 
 
 def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: Console, title: str) -> dict[str, Any]:
+    from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
     steps = max_steps(config, prepared.counts["training"]["samples"])
@@ -178,6 +186,8 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
             outcome = result.return_value or {"failure": "the workers returned nothing"}
         except TrainingFailedError as error:
             outcome = {"failure": _root_cause(error)}
+        except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
+            outcome = {"failure": "interrupted"}
     first = monitor.first_step_time or time.time()
     phases.seconds["until_first_step"] = round(first - fit_started, 3)
     summary = _summarize(config, run, steps, outcome, monitor, phases)

@@ -5,6 +5,7 @@ The loop itself is the library's. What is overridden, and why, stands at each me
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from manta import checkpoint, ledger
 from manta.data.batches import MASKED, EvalBatches, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
-from manta.errors import NonFiniteError
+from manta.errors import NonFiniteError, UserError
 from manta.runs import Run, checkpoint_path
 
-_EVALUATION_PADDING = 0  # ids under padding are masked everywhere; any valid id will do
+_PADDING = 0  # ids under padding are masked everywhere; any valid id will do
 
 
 def reseed(*parts: int) -> None:
@@ -44,14 +45,15 @@ class MantaTrainer(Trainer):
         super().__init__(**kwargs)
         self.order, self.run, self.fingerprint = order, run, fingerprint
         self.start_step = self.saved_step = start_step
+        self.taken: Collection[str] = ()  # names of checkpoints that were passed over
         self.tokens = 0
-        self.step_rows: list[int] = []
         self.entries: list[ledger.Entry] = []
         self._slot = 0
         self._eval_metrics: tuple[int, dict[str, float]] = (-1, {})
         if not self.model_accepts_loss_kwargs:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} does not take num_items_in_batch, which exact token normalisation needs"
+            raise UserError(
+                f"{type(self.model).__name__} does not take num_items_in_batch, so its loss cannot be normalised over "
+                "the tokens of a step. Choose a model with a standard transformers forward."
             )
 
     # --- Data: already divided over the ranks, so accelerate must not divide it again.
@@ -71,7 +73,7 @@ class MantaTrainer(Trainer):
         return DataLoader(
             Rows(samples),
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_token_id=_EVALUATION_PADDING),
+            collate_fn=partial(collate, pad_token_id=_PADDING),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
@@ -81,13 +83,12 @@ class MantaTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, with randomness of its own: dropout is the same on whichever rank it runs."""
         if self._slot == 0:
-            self.tokens, self.step_rows = 0, []
+            self.tokens = 0
         index = self._slot * self.args.world_size + self.args.process_index
         self._slot = (self._slot + 1) % self.args.gradient_accumulation_steps
         rows = [row for row in inputs.pop("rows").tolist() if row != MASKED]
         if rows:
             self.entries.append((self.state.global_step, index, rows))
-            self.step_rows += rows
             self.tokens += int(inputs["attention_mask"].sum())
         reseed(self.order.seed, self.state.global_step, index)
         return super().training_step(model, inputs, num_items_in_batch)
@@ -178,7 +179,7 @@ class MantaTrainer(Trainer):
             "world_size": self.args.world_size,
             "config_fingerprint": self.fingerprint,
         }
-        folder = checkpoint_path(self.run.path, step)
+        folder = checkpoint_path(self.run.path, step, self.taken)
         checkpoint.save(folder, self.model, self._plain_optimizer(), self.lr_scheduler, self.state, position, about)
         self.saved_step = step
 

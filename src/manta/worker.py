@@ -5,57 +5,64 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ray import train
 
 from manta import checkpoint, model, progress
 from manta.callbacks import ProgressCallback, RayTrainReportCallback, SaveForResumeCallback, SaveOnBestMetricCallback
 from manta.config import Config
+from manta.data import prepare
 from manta.data.batches import SampleOrder
 from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, UserError
-from manta.runs import METRIC, Run
+from manta.runs import METRIC, Run, step_of
 from manta.trainer import MantaTrainer, reseed
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
 
-    `config_dict` is `Config.to_dict()` with keys more: `run` (the run's folder), `prepared` (the data's) and, if the
-    driver listens, `mailbox` (an actor's name).
+    `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's) and
+    `mailbox` (the actor that listens); under a TorchTrainer of one's own, the run is Ray's folder of the experiment and
+    rank 0 prepares the data if it is not there.
+
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
     settings = dict(config_dict)
-    run, prepared = Run(Path(settings.pop("run"))), Prepared(Path(settings.pop("prepared")))
-    mailbox = progress.find_mailbox(settings.pop("mailbox", None))
+    given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox")}
     config = Config.from_dict(settings)
+    run = Run(Path(given["run"] or train.get_context().get_storage().experiment_fs_path))
+    mailbox = progress.find_mailbox(given["mailbox"])
     _log_to_file(run)
     try:
+        prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
         return _train(config, run, prepared, mailbox)
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
 
 
 def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[str, Any]:
-    from ray import train
     from ray.train.torch import get_device
 
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
 
-    resume = _resume_point(run, mailbox, rank)
-    start = 0 if resume is None else int(resume.name.rpartition("_")[2])
+    resume, damaged = _resume_point(run, mailbox, rank)
+    start = 0 if resume is None else step_of(resume)
     attempt = _announce(mailbox, rank, world, start)
 
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     trainer = make_trainer(config, run, prepared, network, start, world)
+    trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
 
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -68,6 +75,16 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[s
         "train_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
         "sharding": checkpoint.gather(model.sharding(network)),
     }
+
+
+def _prepare_here(config: Config, run: Run) -> Prepared:
+    prepared, parts = prepare.locate(config)
+    if train.get_context().get_world_rank() == 0:
+        if not prepare.is_ready(prepared):
+            prepare.prepare(config, prepared, parts, prepare.open_source(config, prepared), here=True)
+        run.start(config, prepared.path)
+    checkpoint.barrier()
+    return prepared
 
 
 def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int) -> MantaTrainer:
@@ -156,8 +173,6 @@ def training_arguments(config: Config, run: Run, device: str, accumulation: int)
 
 def _log_to_file(run: Run) -> None:
     """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead."""
-    from ray import train
-
     run.logs.mkdir(parents=True, exist_ok=True)
     log = (run.logs / f"worker-{train.get_context().get_world_rank():05d}.log").open("ab", buffering=0)
     for stream in (sys.stdout, sys.stderr):
@@ -166,17 +181,15 @@ def _log_to_file(run: Run) -> None:
     os.dup2(log.fileno(), 2)
 
 
-def _resume_point(run: Run, mailbox: Any, rank: int) -> Path | None:
-    """The checkpoint that Ray committed last; an older one, with a note, if it is damaged."""
-    from ray import train
-
+def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Collection[str]]:
+    """The checkpoint that Ray committed last; an older one, with a note, if it is damaged. And the damaged."""
     committed = train.get_checkpoint()
     preferred = Path(committed.path) if committed else None
-    resume, notes = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
+    resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
     if rank == 0 and mailbox is not None:
-        for note in notes:
-            mailbox.put.remote({"kind": "note", "text": note})
-    return resume
+        for name, problem in damaged.items():
+            mailbox.put.remote({"kind": "note", "text": f"{name} is not used: {problem}"})
+    return resume, damaged
 
 
 def _announce(mailbox: Any, rank: int, world: int, start: int) -> int:

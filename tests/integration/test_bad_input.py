@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return found - {"prepared"}  # where prepared data would go; empty, or its files are in the set
 
 
 def manta(folder: Path, settings: dict[str, Any], limit: float = 60) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -92,7 +93,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "empty dataset": ({"hfdc_dataset_name": "empty.jsonl"}, ["empty.jsonl", "no rows", "--hfdc_dataset_name"]),
     "broken JSON": ({"hfdc_dataset_name": "broken.jsonl"}, ["broken.jsonl"]),
     "empty validation split": ({"hfdc_dataset_name": "three.jsonl"}, ["validation", "--hfdc_train_split_ratio"]),
-    "no such split": ({"hfdc_dataset_name": "base", "hfdc_split": "trane"}, ["base"]),
+    "folder of other files": ({"hfdc_dataset_name": "base"}, ["base", "cannot be read", "--hfdc_dataset_name"]),
     "unknown LoRA target": ({"lora_target_modules": "q_proj,qkv"}, ["lora_target_modules", "['qkv']", "v_proj"]),
     "truncated weights": ({"hf_model_id": "cut"}, ["model.safetensors", "cut off", "Download"]),
     "no weights": ({"hf_model_id": "bare"}, ["bare", "*.safetensors", "--hf_model_id"]),

@@ -194,7 +194,7 @@ def test_patience_is_counted_over_a_stop(tmp_path):
 
 
 def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
-    config = small_config(tmp_path, num_workers=1, nominal_workers=2, max_steps=60, save_steps=10, eval_steps=0)
+    config = small_config(tmp_path, num_workers=1, nominal_workers=2, max_steps=150, save_steps=30, eval_steps=0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.dump())
     command = [sys.executable, "-m", "manta", "train", "--config", str(recipe), "--run_name", "driver"]
@@ -210,7 +210,7 @@ def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
         driver.kill()
 
     try:
-        when_step(run, 25, kill).join()
+        when_step(run, 45, kill).join()
         assert driver.wait(timeout=10) == -signal.SIGKILL
     finally:
         driver.kill()
@@ -220,14 +220,14 @@ def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
                 process.kill()
     assert run.result() is None  # it had no time to say how it ended
     committed = run.latest().step
-    assert 10 <= committed < 60
+    assert 30 <= committed < 150
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     result = run.result()
-    assert result["status"] == "finished" and result["steps"] == 60 and result["attempts"] == 2
+    assert result["status"] == "finished" and result["steps"] == 150 and result["attempts"] == 2
     second = attempts(run)[1]
-    assert second["step"] in (committed, committed - 10)  # a save that Ray had not recorded yet does not count
+    assert second["step"] in (committed, committed - 30)  # a save that Ray had not recorded yet does not count
     order = order_of(config)
-    expected = [(step, index, order.micro_batch(step, index)) for step in range(60) for index in range(4)]
-    assert ledger.read(run.ledger, 60) == expected
+    expected = [(step, index, order.micro_batch(step, index)) for step in range(150) for index in range(4)]
+    assert ledger.read(run.ledger, 150) == expected

@@ -94,10 +94,20 @@ def open_source(config: Config, prepared: Prepared) -> Dataset:
     return rows
 
 
+def forget_source(prepared: Prepared) -> None:
+    """Remove what `open_source` made of text formats."""
+    shutil.rmtree(prepared.path.parent / f".source-{prepared.path.name}", ignore_errors=True)
+
+
 def prepare(
-    config: Config, prepared: Prepared, parts: dict[str, Any], rows: Dataset, on_rows: Callable[[int, int], None]
+    config: Config,
+    prepared: Prepared,
+    parts: dict[str, Any],
+    rows: Dataset,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+    here: bool = False,
 ) -> None:
-    """Make the folder `prepared`, as a Ray Data job on the driver's node; Ray must be running.
+    """Make the folder `prepared`, as a Ray Data job on this node (Ray must be running), or `here`, in this process.
 
     `on_rows(done, total)` is called as shards end. Two processes that prepare the same data at once both work; the
     first to finish publishes. Raises UserError if no row is usable or the overlong policy is "error".
@@ -109,7 +119,7 @@ def prepare(
             (staging / "tokenized" / split).mkdir(parents=True)
         counts, done = Counter[str](), 0
         examples: dict[str, list[int]] = {}
-        for shard in _run_shards(config, rows, staging):
+        for shard in (_shards_here if here else _shards_on_ray)(config, rows, staging):
             done += shard["rows"]
             counts.update(shard["counts"])
             for reason, numbers in shard["examples"].items():
@@ -129,10 +139,16 @@ def prepare(
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(prepared.path.parent / f".source-{prepared.path.name}", ignore_errors=True)
+        forget_source(prepared)
 
 
-def _run_shards(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
+def _shards_here(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
+    splits = source.assign_splits(len(rows), config.hf_dataset_config, config.seed)
+    for shard in range(-(-len(rows) // SHARD_ROWS)):
+        yield write_shard(config, rows, splits, shard, staging)
+
+
+def _shards_on_ray(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -145,9 +161,12 @@ def _run_shards(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[s
     settings = config.to_dict()
 
     def work(shard: dict[str, Any]) -> dict[str, Any]:
-        result = write_shard(
-            Config.from_dict(settings), ray.get(rows_ref), ray.get(splits), int(shard["id"]), Path(staging)
-        )
+        try:
+            result = write_shard(
+                Config.from_dict(settings), ray.get(rows_ref), ray.get(splits), int(shard["id"]), Path(staging)
+            )
+        except UserError as error:  # which Ray would wrap in a traceback of its own
+            result = {"error": str(error)}
         return {"result": json.dumps(result)}
 
     shards = -(-len(rows) // SHARD_ROWS)
@@ -159,7 +178,10 @@ def _run_shards(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[s
         label_selector=here,
     )
     for row in job.iter_rows():
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise UserError(result["error"])
+        yield result
 
 
 @lru_cache(maxsize=1)

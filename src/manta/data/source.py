@@ -6,6 +6,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +67,7 @@ def open_rows(source: HFDatasetConfig, cache_dir: Path) -> Dataset:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs as errors what it raises too
     path = local_path(source)
     try:
         if path is None:
@@ -84,7 +86,8 @@ def open_rows(source: HFDatasetConfig, cache_dir: Path) -> Dataset:
         root = error.__cause__ or error
         if (path and _is_empty(path)) or "corresponds to no data" in str(root):
             raise UserError(f"{source.dataset_name} holds no rows. Check --hfdc_dataset_name.") from error
-        raise UserError(f"{source.dataset_name} cannot be read: {str(root) or type(root).__name__}") from error
+        reason = str(root).strip().splitlines()[0] if str(root).strip() else type(root).__name__
+        raise UserError(f"{source.dataset_name} cannot be read: {reason}. Check --hfdc_dataset_name.") from error
     if len(rows) == 0:
         raise UserError(f"{source.dataset_name} holds no rows. Check --hfdc_dataset_name and --hfdc_split.")
     return rows
@@ -105,7 +108,8 @@ def check_columns(source: HFDatasetConfig, columns: list[str], objective: Object
                     if nearest
                     else "Change the template, or map it: --hfdc_field_mapping."
                 )
-                raise ConfigError(f"{name} asks for {{{field}}}, but the data has the columns {columns}. {hint}")
+                asked = f"{{{field}}}" if column == field else f"{{{field}}}, mapped to the column {column}"
+                raise ConfigError(f"{name} asks for {asked}, but the data has the columns {columns}. {hint}")
 
 
 def render(source: HFDatasetConfig, row: Mapping[str, Any], objective: Objective) -> tuple[str, str]:
