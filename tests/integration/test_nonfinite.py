@@ -59,6 +59,7 @@ def test_nan_from_one_row_stops_at_its_step_and_names_it(tmp_path, clip):
         save_steps=1,
         max_grad_norm=clip,
         num_workers=2 if clip else 1,
+        nominal_workers=2,
         max_failures=2,
         data={"train_split_ratio": 1.0},
     )

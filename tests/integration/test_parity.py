@@ -69,7 +69,7 @@ def plain_loop(config: Config) -> tuple[dict[int, float], dict[int, float], dict
             group["lr"] = rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
-        losses[step + 1] = float(loss)
+        losses[step + 1] = float(loss.detach())
     return losses, norms, model.state_dict()
 
 
