@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from manta.errors import UserError
 
 # The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
 _HEALTH_CHECK_INTERVAL_S = "0.25"
+_KNOCK_S = 10
 
 
 @contextmanager
@@ -26,13 +28,14 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     try:
+        _knock(config.ray_address or os.environ.get("RAY_ADDRESS"))
         ray.init(
             address=config.ray_address,
             include_dashboard=None if config.ray_address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         where = config.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise UserError(
             f"No Ray cluster at {where}: {error}. Start one with `ray start --head`, or leave out --ray_address for a "
@@ -44,6 +47,13 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError if nobody listens at host:port; Ray itself tries for minutes."""
+    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
 def device(config: Config) -> str:

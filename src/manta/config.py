@@ -274,6 +274,12 @@ NOT_SHAPING = frozenset(
 )
 
 
+def whole_path(name: str) -> str:
+    """A local file or folder by its absolute path; any other name, such as one on the hub, as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
     path = Path(path)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS = "model"  # folder of a checkpoint that holds what was trained
+_UNSHARDED = "Use --sharding_strategy NO_SHARD or --num_workers 1, and please report the model."
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
     """Stop if FSDP was asked for and did not happen: every base parameter is a DTensor, every layer an FSDP unit.
 
     Some ways to FSDP turn silently into replicas on CPU, and a layer outside any unit is gathered with the whole model.
+    Raises UserError, since a restart would not change it.
     """
     if placement.world_size == 1 or config.sharding_strategy == "NO_SHARD":
         return
@@ -123,11 +125,13 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
     parameters = {name: each.data for name, each in model.named_parameters() if not _is_adapter(name)}
     whole = [name for name, tensor in parameters.items() if not is_sharded(tensor)]
     if whole:
-        raise RuntimeError(f"{len(whole)} parameters are not sharded, such as {whole[0]}")
+        raise UserError(f"{len(whole)} parameters are not sharded, such as {whole[0]}. {_UNSHARDED}")
     units = _layer_names(model)
+    if not units:
+        raise UserError(f"{config.hf_model_id} does not name its layers (_no_split_modules). {_UNSHARDED}")
     loose = [name for name, module in model.named_modules() if name in units and not isinstance(module, FSDPModule)]
     if loose:
-        raise RuntimeError(f"{len(loose)} layers are not FSDP units, such as {loose[0]}")
+        raise UserError(f"{len(loose)} layers are not FSDP units, such as {loose[0]}. {_UNSHARDED}")
 
 
 def _is_adapter(name: str) -> bool:
@@ -193,7 +197,11 @@ def _layer_names(model: Any) -> set[str]:
     """Names of the decoder layers: the modules that their own library says are not to be split."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = set(base._no_split_modules or ())
-    return {name for name, module in model.named_modules() if type(module).__name__ in kinds and name[-1:].isdigit()}
+
+    def is_layer(module: torch.nn.Module) -> bool:  # fully_shard puts a class of its own before the layer's
+        return any(kind.__name__ in kinds for kind in type(module).__mro__)
+
+    return {name for name, module in model.named_modules() if is_layer(module) and name[-1:].isdigit()}
 
 
 def _check_weights(folder: Path) -> None:

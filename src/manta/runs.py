@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from manta import manifest
-from manta.config import Config
+from manta.config import Config, whole_path
 from manta.errors import UserError
 
 METRIC = "eval_loss"
@@ -182,7 +182,7 @@ def find(results_dir: str | Path, base_model: str | None = None, full_ft: bool |
     for path in sorted(Path(results_dir).absolute().glob("*/config.yaml")):
         run = Run(path.parent)
         config = run.config()
-        if base_model not in (None, config.hf_model_id) or full_ft not in (None, config.full_ft):
+        if (base_model and whole_path(base_model) != config.hf_model_id) or full_ft not in (None, config.full_ft):
             continue
         if run.checkpoints():
             runs.append(run)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from manta import __version__, cluster, manifest, runs
-from manta.config import Config
+from manta.config import Config, whole_path
 from manta.data import prepare
 from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
@@ -114,17 +114,13 @@ def resolve(config: Config) -> tuple[Config, Run]:
 def _absolute(config: Config) -> Config:
     """Local folders by their whole path, so that the saved config works from anywhere."""
 
-    def whole(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.absolute()) if path.exists() else name
-
     data = config.hf_dataset_config
     return config.model_copy(
         update={
-            "hf_model_id": whole(config.hf_model_id),
+            "hf_model_id": whole_path(config.hf_model_id),
             "results_dir": str(Path(config.results_dir).expanduser().absolute()),
             "data_dir": str(Path(config.data_dir).expanduser().absolute()),
-            "hf_dataset_config": data.model_copy(update={"dataset_name": whole(data.dataset_name)}),
+            "hf_dataset_config": data.model_copy(update={"dataset_name": whole_path(data.dataset_name)}),
         }
     )
 

@@ -149,7 +149,13 @@ class MantaTrainer(Trainer):
             if isinstance(module, FSDPModule):
                 module.reshard()
         total, tokens, rows = sums.tolist()
-        metrics = {f"{metric_key_prefix}_loss": total / max(tokens, 1)}
+        loss = total / max(tokens, 1)
+        if not np.isfinite(loss):  # the weights are finite, and of no use: nothing more of them is saved
+            raise NonFiniteError(
+                f"The evaluation loss after step {self.state.global_step} is {loss}. Lower --learning_rate, or try "
+                "--dtype float32; the checkpoints before are as they were."
+            )
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self._eval_metrics = (self.state.global_step, metrics)
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=int(rows))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from manta.config import Config
+from manta.data.source import SPLITS, assign_splits
 from manta.errors import TrainingError
 from manta.runs import Run
 from manta.train import train
@@ -48,10 +49,34 @@ def test_infinite_weight_of_the_base_stops_the_first_step(tmp_path):
     assert list(run.path.glob("checkpoint_0*")) == []
 
 
+def poison(folder: Path, number: int) -> None:
+    """Make row `number` alone hold a word whose embedding is NaN."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    (rare,) = tokenizer("~")["input_ids"]
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    assert all(rare not in tokenizer(row)["input_ids"] for row in rows)
+    rows[number] = rows[number].replace("the capital", "the ~ capital")
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    spoil(folder / "base", "model.embed_tokens.weight", rare, float("nan"))
+
+
+def test_nan_in_the_evaluation_stops_before_the_next_save(tmp_path):
+    tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    config = small_config(tmp_path, run_name="unseen", eval_steps=4, save_steps=3)
+    splits = assign_splits(96, config.hf_dataset_config, config.seed)
+    poison(tmp_path, int((splits == SPLITS.index("validation")).nonzero()[0][0]))
+    run, message = failure(config)
+    assert "evaluation loss after step 4 is nan" in message
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3]
+    assert run.result()["attempts"] == 1
+
+
 @pytest.mark.parametrize("clip", [1.0, 0])
 def test_nan_from_one_row_stops_at_its_step_and_names_it(tmp_path, clip):
     """One word's embedding is NaN: training is well until the one row that has this word."""
-    tokenizer_of = tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    tiny_model(tmp_path / "base", tie_word_embeddings=False)
     config = small_config(
         tmp_path,
         run_name="rare",
@@ -63,16 +88,8 @@ def test_nan_from_one_row_stops_at_its_step_and_names_it(tmp_path, clip):
         max_failures=2,
         data={"train_split_ratio": 1.0},
     )
-    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    (rare,) = tokenizer("~")["input_ids"]
-    assert all(rare not in tokenizer(row)["input_ids"] for row in rows)
     poisoned = 17
-    rows[poisoned] = rows[poisoned].replace("the capital", "the ~ capital")
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    spoil(tmp_path / "base", "model.embed_tokens.weight", rare, float("nan"))
+    poison(tmp_path, poisoned)
 
     run, message = failure(config)
     named = {int(number) for number in re.search(r"rows \[([\d, ]+)\]", message).group(1).split(",")}

@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,10 @@ def test_every_recipe_loads(recipe):
     config = Config.load(recipe)
     assert Config.from_dict(config.to_dict()) == config
     assert config != Config()
+
+
+def test_the_tests_that_the_docs_name_exist():
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guide.md").read_text())
+    assert len(named) >= 25
+    assert [name for name in named if f"def {name}(" not in written and name != "test_checkpoint"] == []

@@ -163,6 +163,15 @@ def test_a_run_is_found_by_base_model_and_method(tmp_path):
         runs.find(tmp_path, "Qwen/Qwen3-8B")
 
 
+def test_a_local_base_model_is_found_by_the_path_that_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    run = add_run(tmp_path / "results", "local", hf_model_id=str(tmp_path / "base"))
+    add_checkpoint(run, 10)
+    monkeypatch.chdir(tmp_path)
+    assert runs.find("results", "base") == run
+    assert runs.find("results", "./base/") == run
+
+
 def test_a_run_is_opened_by_its_folder(run, tmp_path):
     assert runs.open_run(run.path) == run
     with pytest.raises(UserError, match="is not a run"):

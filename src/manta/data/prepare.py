@@ -130,6 +130,7 @@ def prepare(
         manifest.close(
             staging, manifest.digests(staging), {"kind": "prepared data", "made_from": parts, "counts": summary}
         )
+        staging.chmod(0o755)  # temporary folders are private
         if prepared.path.exists() and not is_ready(prepared):
             shutil.rmtree(prepared.path)
         try:
