@@ -13,8 +13,10 @@ import uuid
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 NAMESPACE = "manta"
 _POLL_S = 0.25
@@ -109,7 +111,7 @@ class Monitor:
 
 
 class Display:
-    """One live line on a terminal; a plain line every few seconds where output is a file or a pipe."""
+    """A live bar with figures below it on a terminal; a plain line every few seconds in a file or a pipe."""
 
     def __init__(self, title: str, total_steps: int, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False)
@@ -117,27 +119,26 @@ class Display:
         self.figures: dict[str, Any] = {}
         self.recent: list[tuple[float, int]] = []
         self.last_plain = 0.0
-        self.live = self.console.is_terminal
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
         )
-        self.task = self.bar.add_task(title, total=total_steps, figures="starting workers")
+        self.task = self.bar.add_task(title, total=total_steps)
+        self.live = Live(get_renderable=self._render, console=self.console) if self.console.is_terminal else None
         self.title = title
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if self.live:
+            self.live.stop()
 
     def take(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -162,11 +163,14 @@ class Display:
     def _show(self, force: bool) -> None:
         step = self.figures.get("step", 0)
         line = self._line()
-        self.bar.update(self.task, completed=step, figures=line)
+        self.bar.update(self.task, completed=step)
         now = time.monotonic()
         if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
             self.last_plain = now
             say(self.console, f"{self.title}: step {step}/{self.total}  {line}")
+
+    def _render(self) -> RenderableType:
+        return Group(self.bar, Text(f"  {self._line() or 'starting workers'}"))
 
     def _line(self) -> str:
         parts = [
