@@ -185,7 +185,8 @@ class Display:
         if len(self.recent) > 1 and (seconds := self.recent[-1][0] - self.recent[0][0]) > 0:
             parts.append(f"{sum(tokens for _, tokens in self.recent[1:]) / seconds:,.0f} tok/s")
         if "workers" in self.figures:
-            parts.append(f"{self.figures['workers']} workers")
+            count = self.figures["workers"]
+            parts.append(f"{count} worker{'s' if count > 1 else ''}")
         return "  ".join(parts)
 
 

@@ -128,6 +128,8 @@ def _absolute(config: Config) -> Config:
 def _place(config: Config) -> Config:
     """The config with device and workers as this cluster gives them. Raises UserError if it has no room."""
     on = cluster.device(config)
+    if config.use_liger_kernel and on == "cpu":
+        raise ConfigError("use_liger_kernel needs a GPU: its kernels do not run on CPU. Leave it out.")
     count = cluster.workers(config, on)
     cluster.check_fits(count, cluster.resources_per_worker(config, on))
     return config.model_copy(

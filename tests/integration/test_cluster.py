@@ -9,7 +9,7 @@ from manta.config import Config
 from manta.data.prepare import Prepared
 from manta.errors import UserError
 from manta.runs import Run
-from manta.train import _trainer
+from manta.train import _place, _trainer
 
 
 def test_without_a_gpu_one_cpu_worker_is_meant(ray_cluster):
@@ -18,6 +18,12 @@ def test_without_a_gpu_one_cpu_worker_is_meant(ray_cluster):
     assert cluster.resources_per_worker(Config(), "cpu") == {"CPU": 1.0}
     with pytest.raises(UserError, match="no GPU"):
         cluster.device(Config(device="cuda"))
+
+
+def test_gpu_kernels_are_refused_on_cpu(ray_cluster):
+    with pytest.raises(UserError, match="use_liger_kernel"):
+        _place(Config(use_liger_kernel=True))
+    assert _place(Config()).num_workers == 1
 
 
 def test_room_is_counted_per_node(ray_cluster):
