@@ -117,8 +117,8 @@ class Run:
         """Make the folder, with what is needed to repeat the run and to find its data."""
         self.path.mkdir(parents=True, exist_ok=True)
         one_start = {"stop_at_step": None, "resume_from_checkpoint": True}  # belong to this start, not to the run
-        manifest.write_text(self.config_file, config.model_copy(update=one_start).dump())
         manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
+        manifest.write_text(self.config_file, config.model_copy(update=one_start).dump())
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it has not."""

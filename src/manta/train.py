@@ -48,9 +48,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     config, run = resolve(config)
     finished = run.result()
     if finished and finished["status"] == FINISHED:
-        console.print(
-            f"{title}: {run.name} is finished already; --run_name starts another.", markup=False, soft_wrap=True
-        )
+        say(console, f"{title}: {run.name} is finished already; --run_name starts another.")
         return finished
 
     with phases("check"):
@@ -59,6 +57,11 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         cluster.check_device_before_start(config)
         model.check(config)
         prepared, parts = prepare.locate(config)
+        if run.config_file.exists() and run.prepared().name != prepared.path.name:
+            raise ConfigError(
+                f"The data of the run {run.path} is not what it was started with: the source, the tokenizer or Manta "
+                "itself has changed since. Give --run_name for a new run."
+            )
         rows = None if prepare.is_ready(prepared) else prepare.open_source(config, prepared)
     with ExitStack() as stack:
         if rows is not None:
@@ -113,7 +116,6 @@ def resolve(config: Config) -> tuple[Config, Run]:
 
 def _absolute(config: Config) -> Config:
     """Local folders by their whole path, so that the saved config works from anywhere."""
-
     data = config.hf_dataset_config
     return config.model_copy(
         update={

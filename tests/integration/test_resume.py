@@ -22,7 +22,7 @@ from manta.config import Config
 from manta.errors import ConfigError
 from manta.runs import Run
 from manta.train import train
-from running import lines, logged, max_difference, max_gap, order_of, run_of, small_config, weights
+from running import lines, logged, max_difference, max_gap, order_of, prepared_of, run_of, small_config, weights
 from tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -173,6 +173,17 @@ def test_other_settings_under_the_same_name_are_refused(undisturbed):
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.002 → 0\.001; .*split: 'train' → 'other'.*--run_name"):
         train(changed)
     assert undisturbed.config_file.read_text() == before
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    """Edited in place: the settings are the same, and the order of samples would mean others."""
+    config = small_config(tmp_path, run_name="edited")
+    run = Run(tmp_path / "results" / "edited")
+    run.start(config, prepared_of(config).path)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"question": "97: and one more?", "answer": "Yes."}\n')
+    with pytest.raises(ConfigError, match="not what it was started with"):
+        train(config)
 
 
 def test_patience_is_counted_over_a_stop(tmp_path):
