@@ -1,7 +1,7 @@
 """Every setting of Manta, with its default and one line of help.
 
 A leaf of the import graph: neither torch nor ray nor transformers is imported here, so that `manta --help` is quick
-and a config can be checked anywhere. Both classes are frozen and validated at construction.
+and a config can be checked anywhere. Configs are frozen and validated at construction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import re
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,73 +17,10 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json
 from manta.errors import ConfigError
 
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
-
-
-def template_fields(template: str) -> list[str]:
-    """Field names in `template`, in order: `"Q: {question}"` → `["question"]`. Raises ValueError if malformed."""
-    fields = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"{{{name}}} is not a plain field name; write {{field}}, and {{{{ }}}} for literal braces")
-        fields.append(name)
-    return fields
-
-
-class HFDatasetConfig(BaseModel):
-    """Where the rows come from and how a row becomes an input (masked) and an output (trained)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    dataset_name: str = Field(
-        "cognitivecomputations/dolphin",
-        min_length=1,
-        description="Hub name, a .json/.jsonl/.csv/.parquet file, a folder of them, or a save_to_disk folder",
-    )
-    dataset_config: str | None = Field(None, description="Subset of a hub dataset, such as flan1m-alpaca-uncensored")
-    split: str = Field("train", min_length=1, description="Which split of the source is divided into ours")
-    train_split_ratio: float = Field(0.9, gt=0, le=1, description="Share of rows to train on; 1.0 means no evaluation")
-    val_test_split_ratio: float = Field(0.5, ge=0, le=1, description="Of the other rows, the test split's share")
-    input_template: str = Field(
-        "### Instruction:\n{instruction}\n### Input:\n{input}\n### Response:\n",
-        description="Prompt of a row, with {field}s; \\n and \\t are understood",
-    )
-    output_template: str = Field(
-        "{output}", min_length=1, description="Answer of a row, with {field}s: what is trained"
-    )
-    field_mapping: dict[str, str] = Field(
-        default_factory=dict, description='JSON: template field → column, such as {"input": "context"}'
-    )
-    num_proc: int = Field(8, ge=1, description="Most processes that prepare data at once")
-
-    @field_validator("input_template", "output_template")
-    @classmethod
-    def _check_template(cls, template: str) -> str:
-        # A shell hands over backslash and n as two characters; nobody means those two.
-        template = template.replace("\\n", "\n").replace("\\t", "\t")
-        template_fields(template)
-        return template
-
-    @field_validator("field_mapping", mode="before")
-    @classmethod
-    def _parse_mapping(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'is not JSON ({error}); write it as \'{{"input": "context"}}\'') from error
-
-    @model_validator(mode="after")
-    def _check_mapping(self) -> Self:
-        fields = template_fields(self.input_template) + template_fields(self.output_template)
-        if unused := set(self.field_mapping) - set(fields):
-            raise ValueError(f"field_mapping maps {sorted(unused)}, which neither template uses (they use {fields})")
-        return self
 
 
 class Config(BaseModel):
@@ -161,6 +97,21 @@ class Config(BaseModel):
     data_dir: str = Field(
         "prepared", min_length=1, description="Where prepared data is kept, one folder per fingerprint"
     )
+    chat_template: str | None = Field(
+        None, description="Jinja file, or a model family such as qwen3; default: the tokenizer's own"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description='JSON: variables of the chat template, such as {"enable_thinking": false}'
+    )
+    packing: bool = Field(
+        False, description="Fill sequences of max_seq_length with whole samples that see only themselves"
+    )
+    bad_rows_limit: float = Field(
+        0.01, ge=0, le=1, description="Share of unreadable rows, which are put aside, that is allowed"
+    )
+    lint: LintConfig = Field(
+        default_factory=LintConfig, description='JSON: finding → error, warning or off, such as {"duplicates": "off"}'
+    )
     dataloader_num_workers: int = Field(
         4, ge=0, description="Most loader processes per worker; a worker with one CPU loads in its own process"
     )
@@ -193,10 +144,10 @@ class Config(BaseModel):
     report_to: str = Field("none", min_length=1, description="tensorboard, wandb, mlflow (comma-separated), or none")
     use_wandb: bool = Field(False, description="Same as adding wandb to --report_to")
 
-    @field_validator("resources_per_worker", mode="before")
+    @field_validator("resources_per_worker", "chat_template_kwargs", "lint", mode="before")
     @classmethod
-    def _parse_resources(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+    def _parse(cls, value: Any) -> Any:
+        return parse_json(value)
 
     @field_validator("run_name")
     @classmethod
@@ -269,7 +220,7 @@ NOT_SHAPING = frozenset(
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
-        *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s"),
+        *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s", "bad_rows_limit", "lint"),
     )
 )
 

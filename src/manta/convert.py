@@ -12,6 +12,7 @@ import torch
 
 from manta import __version__, manifest
 from manta.config import Config
+from manta.data.prepare import Prepared
 from manta.data.tokenize import load_tokenizer
 from manta.errors import UserError
 from manta.model import WEIGHTS
@@ -44,7 +45,9 @@ def convert(run: Run, output: Path | None = None, merge: bool = True) -> Path:
             _as_the_base_was(tuned, config).save_pretrained(staging)
         else:
             shutil.copytree(checkpoint.path / WEIGHTS, staging, dirs_exist_ok=True)
-        load_tokenizer(config.hf_model_id, config.trust_remote_code).save_pretrained(staging)
+        tokenizer = load_tokenizer(config.hf_model_id, config.trust_remote_code)
+        tokenizer.chat_template = Prepared(run.prepared()).chat_template() or tokenizer.chat_template
+        tokenizer.save_pretrained(staging)
         lineage = {
             "kind": KIND,
             "run": str(run.path),

@@ -16,7 +16,7 @@ from manta import manifest
 from manta.config import Config
 from manta.convert import load_tuned, usable_checkpoint
 from manta.data.batches import collate
-from manta.data.tokenize import IGNORE, Encoder, fit, load_tokenizer
+from manta.data.tokenize import IGNORE, Encoder, Rendered, fit, load_tokenizer, stop_tokens
 from manta.errors import UserError
 from manta.runs import Checkpoint, Run
 
@@ -63,6 +63,7 @@ def evaluate(
     checkpoint = usable_checkpoint(run)
     rows = _test_rows(run, Path(test_path) if test_path else None)[:max_samples]
     tokenizer = load_tokenizer(config.hf_model_id, config.trust_remote_code)
+    stops: Any = tokenizer.convert_tokens_to_ids(stop_tokens(config.hf_model_id, tokenizer))
     where = _device(device)
     kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(
         dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
@@ -78,7 +79,7 @@ def evaluate(
     answers: dict[str, list[str]] = {}
     for name, model in _models(config, checkpoint, kind, where):
         torch.manual_seed(config.seed)
-        answers[name] = _generate(model, tokenizer, [row["input"] for row in rows], batch_size, sampling)
+        answers[name] = _generate(model, tokenizer, rows, stops, batch_size, sampling)
         hits = [given.strip() == row["output"].strip() for given, row in zip(answers[name], rows, strict=True)]
         report["models"][name] = {
             "loss": _loss(model, tokenizer, rows, config.max_seq_length),
@@ -143,17 +144,28 @@ def _models(
     yield "tuned", tuned
 
 
+def _is_chat(row: dict[str, Any]) -> bool:
+    """Whether a row is a conversation, whose prompt holds its special tokens already."""
+    return "messages" in row
+
+
+def _rendered(row: dict[str, Any]) -> Rendered:
+    text = row["input"] + row["output"] + (row.get("end", "") if _is_chat(row) else "")
+    return Rendered(text, ((len(row["input"]), len(text)),), _is_chat(row))
+
+
 @torch.inference_mode()
 def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> float | None:
     """Mean over the trained tokens of all rows, each cut to `max_length` tokens; None if no row has one."""
-    samples = Encoder(tokenizer)([row["input"] for row in rows], [row["output"] for row in rows])
+    encode = Encoder(tokenizer).encode
+    samples = [encode([_rendered(row)])[0] for row in rows]
     fitted = [piece for sample in samples for piece in fit(sample, max_length, "truncate") if piece.trains]
     fitted.sort(key=lambda sample: len(sample.input_ids))
     total, tokens = 0.0, 0
     for first in range(0, len(fitted), LOSS_BATCH):
-        chosen = [{"row": 0, **vars(sample)} for sample in fitted[first : first + LOSS_BATCH]]
+        chosen = [{"row": 0, "starts": [0], **vars(sample)} for sample in fitted[first : first + LOSS_BATCH]]
         batch = collate(chosen, tokenizer.pad_token_id)
-        batch.pop("rows")
+        batch.pop("rows"), batch.pop("tokens")
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         total += float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss) * count
         tokens += count
@@ -161,12 +173,14 @@ def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, A
 
 
 @torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, sampling: Sampling) -> list[str]:
-    """Answers in the order of `prompts`. A prompt that fills the model's length gets an empty answer."""
+def _generate(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], stops: list[int], batch_size: int, sampling: Sampling
+) -> list[str]:
+    """Answers in the order of `rows`, each up to one of `stops`. A prompt that fills the model gets an empty one."""
     limit = min(sampling.max_model_len, getattr(model.config, "max_position_embeddings", sampling.max_model_len))
-    ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
-    order = sorted((i for i in range(len(prompts)) if 0 < len(ids[i]) < limit), key=lambda i: len(ids[i]))
-    answers = [""] * len(prompts)
+    ids = [tokenizer(row["input"], add_special_tokens=not _is_chat(row), verbose=False)["input_ids"] for row in rows]
+    order = sorted((i for i in range(len(rows)) if 0 < len(ids[i]) < limit), key=lambda i: len(ids[i]))
+    answers = [""] * len(rows)
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         longest = len(ids[chosen[-1]])
@@ -180,7 +194,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, s
             attention_mask=mask.to(model.device),
             max_new_tokens=min(sampling.max_tokens, limit - longest),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
             use_cache=True,
             **sampling.arguments(),
         )

@@ -34,6 +34,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds, or None if there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
@@ -41,6 +50,11 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """16 hex digits over values that JSON can carry."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def digests(folder: Path, names: list[str] | None = None) -> FileDigests:
@@ -61,11 +75,8 @@ def close(folder: Path, files: FileDigests, about: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of `folder`, or None if it is unfinished or its manifest is unreadable."""
-    try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT and isinstance(manifest.get("files"), dict)
+    manifest = read_json(folder / NAME)
+    known = manifest is not None and manifest.get("format") == FORMAT and isinstance(manifest.get("files"), dict)
     return manifest if known else None
 
 

@@ -134,6 +134,41 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
         raise UserError(f"{len(loose)} layers are not FSDP units, such as {loose[0]}. {_UNSHARDED}")
 
 
+@torch.no_grad()
+def assert_documents_apart(model: Any, config: Config) -> None:
+    """Stop if a document of a packed sequence is computed otherwise than alone: it sees the one before, or its place.
+
+    Raises UserError, since it is a property of the model and its attention implementation. All ranks call it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    before, document = torch.arange(1, 9), torch.arange(9, 1, -1)
+
+    def last_logits(*documents: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat(documents)[None].to(model.device)
+        positions = torch.cat([torch.arange(len(each)) for each in documents])[None].to(model.device)
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -len(document) :].float()
+
+    was_training = model.training
+    model.eval()
+    try:
+        alone, packed = last_logits(document), last_logits(before, document)
+    except TypeError as error:
+        raise UserError(
+            f"{config.hf_model_id} takes no position_ids, which packing needs. Leave out --packing."
+        ) from error
+    model.train(was_training)
+    for module in model.modules():  # without a backward pass, the root's weights stay gathered
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    tolerance = 1e-3 if compute_dtype(config, model.device.type) == torch.float32 else 5e-2
+    if float((alone - packed).abs().max()) > tolerance * float(alone.abs().max()):
+        raise UserError(
+            f"In {config.hf_model_id} with {config.attn_implementation} attention, a packed document sees the "
+            "one before it. Leave out --packing, or choose another --attn_implementation."
+        )
+
+
 def _is_adapter(name: str) -> bool:
     return "lora_" in name
 

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from manta import __version__, cluster, manifest, runs
 from manta.config import Config, whole_path
-from manta.data import prepare
+from manta.data import formats, lint, prepare
 from manta.data.prepare import Prepared
-from manta.errors import ConfigError, TrainingError
+from manta.data.shards import Job
+from manta.errors import ConfigError, TrainingError, UserError
 from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
 
@@ -62,31 +63,52 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
                 f"The data of the run {run.path} is not what it was started with: the source, the tokenizer or Manta "
                 "itself has changed since. Give --run_name for a new run."
             )
-        rows = None if prepare.is_ready(prepared) else prepare.open_source(config, prepared)
+        job = None if prepare.is_ready(prepared) else prepare.open_job(config, prepared)
+        if job is None:
+            check_data(config, prepared, console)
     with ExitStack() as stack:
-        if rows is not None:
-            stack.callback(prepare.forget_source, prepared)
+        if job is not None:
+            stack.callback(prepare.forget_sources, prepared)
         with phases("ray"):
             stack.enter_context(cluster.connected(config))
         config = _place(config)
-        if rows is not None:
+        if job is not None:
             with phases("prepare"):
-                _prepare(config, prepared, parts, rows, console)
+                _prepare(config, prepared, parts, job, console)
+            check_data(config, prepared, console)
         run.start(config, prepared.path)
         run.remove_unfinished()
         return _fit(config, run, prepared, phases, console, title)
 
 
 def prepare_only(config: Config, console: Console | None = None) -> Path:
-    """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError."""
+    """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError.
+
+    What looks wrong about the data is said, and left to `train` to refuse.
+    """
     console = console or Console(stderr=True, highlight=False)
     config = _absolute(config)
     prepared, parts = prepare.locate(config)
     if not prepare.is_ready(prepared):
-        rows = prepare.open_source(config, prepared)
-        with cluster.connected(config):
-            _prepare(config, prepared, parts, rows, console)
+        job = prepare.open_job(config, prepared)
+        with ExitStack() as stack:
+            stack.callback(prepare.forget_sources, prepared)
+            stack.enter_context(cluster.connected(config))
+            _prepare(config, prepared, parts, job, console)
+    for finding in lint.findings(prepared.counts, config.lint, config.objective):
+        _say_finding(console, finding)
     return prepared.path
+
+
+def check_data(config: Config, prepared: Prepared, console: Console) -> None:
+    """Say what looks wrong about the data. Raises UserError if the config calls any of it an error."""
+    found = lint.findings(prepared.counts, config.lint, config.objective)
+    errors = [str(finding) for finding in found if finding.level == "error"]
+    for finding in found:
+        if finding.level == "warning":
+            _say_finding(console, finding)
+    if errors:
+        raise UserError("\n".join([*errors, f"See it: manta inspect --prepared {prepared.path}"]))
 
 
 def resolve(config: Config) -> tuple[Config, Run]:
@@ -122,7 +144,15 @@ def _absolute(config: Config) -> Config:
             "hf_model_id": whole_path(config.hf_model_id),
             "results_dir": str(Path(config.results_dir).expanduser().absolute()),
             "data_dir": str(Path(config.data_dir).expanduser().absolute()),
-            "hf_dataset_config": data.model_copy(update={"dataset_name": whole_path(data.dataset_name)}),
+            "chat_template": config.chat_template and whole_path(config.chat_template),
+            "hf_dataset_config": data.model_copy(
+                update={
+                    "dataset_name": whole_path(data.dataset_name),
+                    "mixture": tuple(
+                        {**part, "dataset_name": whole_path(part["dataset_name"])} for part in data.mixture
+                    ),
+                }
+            ),
         }
     )
 
@@ -139,24 +169,36 @@ def _place(config: Config) -> Config:
     )
 
 
-def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], rows: Any, console: Console) -> None:
+def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], job: Job, console: Console) -> None:
     start = time.time()
+    for each, found in zip(job.sources, job.formats, strict=True):
+        say(console, f"prepare: {each.config.dataset_name}: {formats.describe(found, each)}")
     with console.status("prepare: starting") as status:
 
         def show(done: int, total: int) -> None:
             status.update(f"prepare: {done:,}/{total:,} rows, {done / (time.time() - start):,.0f} rows/s")
 
-        prepare.prepare(config, prepared, parts, rows, show)
+        prepare.prepare(config, prepared, parts, job, show)
     counts = prepared.counts
     splits = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test"))
-    say(console, f"prepare: {len(rows):,} rows in {time.time() - start:.1f} s → {splits}")
+    seconds = time.time() - start
+    tokens = sum(counts[split]["tokens"] for split in ("training", "validation"))
+    say(
+        console,
+        f"prepare: {job.rows:,} rows in {seconds:.1f} s → {splits}; {tokens:,} tokens, {tokens / seconds:,.0f}/s",
+    )
     for reason, about in counts["noted"].items():
-        console.print(
-            f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}", markup=False, soft_wrap=True
-        )
+        if reason not in lint.MEANING:
+            say(console, f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}")
+    if counts["quarantined"]:
+        say(console, f"prepare: {counts['quarantined']:,} bad rows are put aside: {prepared.path / prepare.QUARANTINE}")
 
 
-def max_steps(config: Config, training_samples: int) -> int:
+def _say_finding(console: Console, finding: lint.Finding) -> None:
+    console.print(f"{finding.level}: {finding}", markup=False, soft_wrap=True)
+
+
+def max_steps(config: Config, sequences: int) -> int:
     """Steps of the run: as set, or what `num_train_epochs` comes to."""
     if config.num_train_epochs is None:
         return config.max_steps
@@ -165,14 +207,14 @@ def max_steps(config: Config, training_samples: int) -> int:
         * config.gradient_accumulation_steps
         * (config.nominal_workers or config.num_workers or 1)
     )
-    return max(1, round(config.num_train_epochs * training_samples / per_step))
+    return max(1, round(config.num_train_epochs * sequences / per_step))
 
 
 def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: Console, title: str) -> dict[str, Any]:
     from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
-    steps = max_steps(config, prepared.counts["training"]["samples"])
+    steps = max_steps(config, prepared.counts["training"]["sequences"])
     mailbox, name = open_mailbox(len(run.world_sizes()))
     outcome: dict[str, Any] = {}
     fit_started = time.time()

@@ -35,15 +35,16 @@ def reseed(*parts: int) -> None:
 
 
 class MantaTrainer(Trainer):
-    """`order` says which samples a step takes; `run` is where checkpoints go; `fingerprint` goes into each manifest.
+    """`order` says which sequences a step takes, and `packed` whether they hold several documents; `run` is where
+    checkpoints go; `fingerprint` goes into each manifest.
 
     Attributes set while training, for callbacks: `tokens` counts the real (not padding) tokens of this worker's
     current step.
     """
 
-    def __init__(self, *, order: SampleOrder, run: Run, fingerprint: str, start_step: int, **kwargs: Any):
+    def __init__(self, *, order: SampleOrder, packed: bool, run: Run, fingerprint: str, start_step: int, **kwargs: Any):
         super().__init__(**kwargs)
-        self.order, self.run, self.fingerprint = order, run, fingerprint
+        self.order, self.packed, self.run, self.fingerprint = order, packed, run, fingerprint
         self.start_step = self.saved_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
         self.tokens = 0
@@ -60,20 +61,19 @@ class MantaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         rank, world = self.args.process_index, self.args.world_size
-        return self._loader(
-            self.train_dataset, TrainBatches(self.order, self.start_step, self.args.max_steps, rank, world)
-        )
+        batches = TrainBatches(self.order, self.start_step, self.args.max_steps, rank, world)
+        return self._loader(self.train_dataset, batches, self.packed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        samples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.args.process_index, self.args.world_size
-        return self._loader(samples, EvalBatches(len(samples), self.args.eval_batch_size, rank, world))
+        return self._loader(rows, EvalBatches(len(rows), self.args.eval_batch_size, rank, world))
 
-    def _loader(self, samples: Any, batches: Any) -> DataLoader:
+    def _loader(self, rows: Any, batches: Any, packed: bool = False) -> DataLoader:
         return DataLoader(
-            Rows(samples),
+            rows,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_token_id=_PADDING),
+            collate_fn=partial(collate, pad_token_id=_PADDING, packed=packed),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
@@ -87,9 +87,10 @@ class MantaTrainer(Trainer):
         index = self._slot * self.args.world_size + self.args.process_index
         self._slot = (self._slot + 1) % self.args.gradient_accumulation_steps
         rows = [row for row in inputs.pop("rows").tolist() if row != MASKED]
+        tokens = int(inputs.pop("tokens"))
         if rows:
             self.entries.append((self.state.global_step, index, rows))
-            self.tokens += int(inputs["attention_mask"].sum())
+            self.tokens += tokens
         reseed(self.order.seed, self.state.global_step, index)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -101,9 +102,9 @@ class MantaTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not np.isfinite(float(norm)):
-            step, samples = self.state.global_step, cast(Any, self.train_dataset)
+            step, sequences = self.state.global_step, cast(Rows, self.train_dataset)
             entries = [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
-            rows = sorted(int(samples[row]["row"]) for _, _, rows in entries for row in rows)
+            rows = sorted(source for _, _, rows in entries for row in rows for source in sequences.sources(row))
             raise NonFiniteError(
                 f"The gradient of step {step + 1} is {float(norm)}; nothing of that step was kept. Its samples are the "
                 f"source rows {rows} (see `row` in training.jsonl). Look at them, lower --learning_rate, or try "
@@ -135,6 +136,7 @@ class MantaTrainer(Trainer):
         total, tokens, rows = 0.0, 0, 0
         for inputs in dataloader:
             rows += int((inputs.pop("rows") != MASKED).sum())
+            del inputs["tokens"]
             count = int((inputs["labels"][:, 1:] != IGNORE).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model_wrapped(**self._prepare_inputs(inputs)).loss

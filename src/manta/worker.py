@@ -17,7 +17,7 @@ from manta import checkpoint, model, progress
 from manta.callbacks import ProgressCallback, RayTrainReportCallback, SaveForResumeCallback, SaveOnBestMetricCallback
 from manta.config import Config
 from manta.data import prepare
-from manta.data.batches import SampleOrder
+from manta.data.batches import Rows, SampleOrder
 from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, UserError
 from manta.runs import METRIC, Run, step_of
@@ -61,6 +61,8 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[s
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
+    if config.packing:
+        model.assert_documents_apart(network, config)
     trainer = make_trainer(config, run, prepared, network, start, world)
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
@@ -81,7 +83,7 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
     prepared, parts = prepare.locate(config)
     if train.get_context().get_world_rank() == 0:
         if not prepare.is_ready(prepared):
-            prepare.prepare(config, prepared, parts, prepare.open_source(config, prepared), here=True)
+            prepare.prepare(config, prepared, parts, prepare.open_job(config, prepared), here=True)
         run.start(config, prepared.path)
     checkpoint.barrier()
     return prepared
@@ -91,12 +93,12 @@ def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, sta
     """The trainer over prepared data, with the callbacks that decide when to save and stop."""
     from transformers import EarlyStoppingCallback
 
-    training = prepared.tokenized("training").with_format("numpy")
+    training = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
     validation = None
     if config.evaluates:
         validation = prepared.tokenized("validation").with_format("numpy")
         picked = np.random.default_rng(config.seed).permutation(len(validation))[: config.max_eval_samples]
-        validation = validation.select(picked, keep_in_memory=True)
+        validation = Rows(validation.select(picked, keep_in_memory=True))
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     callbacks: list[Any] = [
@@ -114,6 +116,7 @@ def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, sta
         eval_dataset=validation,
         callbacks=callbacks,
         order=order,
+        packed=config.packing,
         run=run,
         fingerprint=config.fingerprint(),
         start_step=start,

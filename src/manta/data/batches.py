@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from manta.data.packing import Packs
 from manta.data.tokenize import IGNORE
 
 MASKED = -1  # the row that fills a micro-batch nobody owns
@@ -83,35 +84,64 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class Rows(Dataset):
-    """Tokenized rows by index; MASKED gives a row of one token that trains nothing."""
+    """Sequences by index: a tokenized sample, or with `packs` several that follow each other.
 
-    def __init__(self, samples: Any):
-        self.samples = samples
+    Each document's positions begin at 0, and its first token is never a target: nothing before it says what it will
+    be. MASKED gives a sequence of one token that trains nothing.
+    """
+
+    def __init__(self, samples: Any, packs: Packs | None = None):
+        self.samples, self.packs = samples, packs
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples if self.packs is None else self.packs)
+
+    def members(self, index: int) -> list[int]:
+        """The samples of a sequence."""
+        return [index] if self.packs is None else self.packs[index]
+
+    def sources(self, index: int) -> list[int]:
+        """Source rows of a sequence."""
+        return [int(self.samples[member]["row"]) for member in self.members(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == MASKED:
-            return {"row": MASKED, "input_ids": [0], "labels": [IGNORE]}
-        sample = self.samples[index]
-        return {"row": index, "input_ids": sample["input_ids"], "labels": sample["labels"]}
+            return {"row": MASKED, "input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE), "starts": [0]}
+        samples = [self.samples[member] for member in self.members(index)]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        starts = np.cumsum([0, *lengths[:-1]])
+        labels = np.concatenate([sample["labels"] for sample in samples])
+        labels[starts] = IGNORE
+        return {
+            "row": index,
+            "input_ids": np.concatenate([sample["input_ids"] for sample in samples]),
+            "labels": labels,
+            "starts": starts.tolist(),
+        }
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad to the longest row: input_ids, labels and attention_mask of shape (batch, length), rows of shape (batch,)."""
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, packed: bool = False) -> dict[str, torch.Tensor]:
+    """Pad to the longest row: input_ids and labels of shape (batch, length), rows of shape (batch,).
+
+    Padding is told by attention_mask; where rows are `packed`, position_ids tell documents apart instead, and padding
+    is one more document. tokens, shape (), counts what is not padding.
+    """
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    position_ids = torch.zeros((len(rows), length), dtype=torch.long)
     for i, row in enumerate(rows):
         size = len(row["input_ids"])
         input_ids[i, :size] = torch.as_tensor(row["input_ids"])
         labels[i, :size] = torch.as_tensor(row["labels"])
         attention_mask[i, :size] = 1
+        for start in [*row["starts"], size]:
+            position_ids[i, start:] = torch.arange(length - start)
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "attention_mask": attention_mask,
         "rows": torch.tensor([row["row"] for row in rows]),
+        "tokens": attention_mask.sum(),
+        **({"position_ids": position_ids} if packed else {"attention_mask": attention_mask}),
     }

@@ -1,21 +1,26 @@
 """Prepared data: a folder per fingerprint, made once by a Ray Data job on CPUs, then only read.
 
 prepared/<fingerprint>/
-    training.jsonl, validation.jsonl, test.jsonl     input, output and source row, for people
+    training.jsonl, validation.jsonl, test.jsonl     input, output and source row (and messages), for people
     tokenized/{training,validation}/part-*.arrow     input_ids, labels and source row, memory-mapped by the workers
-    manifest.json                                    what shaped it, counts, sizes and digests; written last
+    packs.npz                                        which samples share a sequence, where packing or weights say so
+    chat_template.jinja                              of conversations: what the tuned model is served with
+    quarantine.jsonl                                 rows that could not be used: row, file and line, reason
+    manifest.json                                    what shaped it, counts, findings, digests; written last
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
+import os
 import shutil
-import tempfile
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +28,19 @@ import numpy as np
 
 from manta import manifest
 from manta.config import Config
-from manta.data import source, tokenize
+from manta.data import formats, lint, packing, shards, source, tokenize
+from manta.data.chat import load_chat_template
+from manta.data.packing import Packs
+from manta.data.shards import EXAMPLES, TOKENIZED, Job
 from manta.data.source import SPLITS
 from manta.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SHARD_ROWS = 4096  # rows of one task: its memory, and the part files, do not depend on the number of CPUs
-_EXAMPLES = 10  # source rows named per reason in the manifest
-TOKENIZED = ("training", "validation")
+PACKS = "packs.npz"
+CHAT_TEMPLATE = "chat_template.jinja"
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,15 @@ class Prepared:
     path: Path
 
     @property
-    def counts(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         about = manifest.read(self.path)
         if about is None:
             raise UserError(f"{self.path} is not prepared data: it has no manifest. Delete it and run again.")
-        return about["counts"]
+        return about
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return self.about["counts"]
 
     def text(self, split: str) -> Path:
         """The readable JSONL of a split."""
@@ -59,21 +71,34 @@ class Prepared:
         parts = sorted((self.path / "tokenized" / split).glob("part-*.arrow"))
         return concatenate_datasets([Dataset.from_file(str(part)) for part in parts])
 
+    def chat_template(self) -> str | None:
+        """What the tuned model is served with, if it was tuned on conversations."""
+        path = self.path / CHAT_TEMPLATE
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def packs(self) -> Packs | None:
+        """The sequences of training where a sequence is not one sample."""
+        return Packs.load(self.path / PACKS) if (self.path / PACKS).exists() else None
+
 
 def locate(config: Config) -> tuple[Prepared, dict[str, Any]]:
     """Where the prepared data of `config` is or will be, and what shapes it. Raises UserError on unusable input."""
-    tokenizer = tokenize.load_tokenizer(config.hf_model_id, config.trust_remote_code)
+    data = config.hf_dataset_config
+    template = Path(config.chat_template) if config.chat_template else None
     parts = {
-        "data": source.identity(config.hf_dataset_config),
-        "templates": config.hf_dataset_config.model_dump(exclude={"dataset_name", "num_proc"}),
+        "data": [source.identity(part) for part in data.parts()],
+        "settings": [part.model_dump(exclude={"dataset_name", "num_proc", "mixture"}) for part in data.parts()],
+        "chat_template": manifest.sha256(template) if template and template.is_file() else config.chat_template,
+        "chat_template_kwargs": config.chat_template_kwargs,
         "objective": config.objective,
         "max_seq_length": config.max_seq_length,
         "overlong_policy": config.overlong_policy,
+        "packing": config.packing,
         "seed": config.seed,
-        "tokenizer": tokenize.tokenizer_digest(tokenizer),
-        "code": _code_digest(),
+        "tokenizer": tokenize.identity(config.hf_model_id, config.trust_remote_code),
+        "code": manifest.fingerprint({path.name: manifest.sha256(path) for path in Path(__file__).parent.glob("*.py")}),
     }
-    return Prepared(Path(config.data_dir).absolute() / source.fingerprint(parts)), parts
+    return Prepared(Path(config.data_dir).absolute() / manifest.fingerprint(parts)), parts
 
 
 def is_ready(prepared: Prepared) -> bool:
@@ -81,75 +106,108 @@ def is_ready(prepared: Prepared) -> bool:
     return manifest.damage(prepared.path, content=False) is None
 
 
-def open_source(config: Config, prepared: Prepared) -> Dataset:
-    """The source's rows, with the templates checked against its columns. Raises UserError before anything is made."""
-    cache = prepared.path.parent / f".source-{prepared.path.name}"
+def open_job(config: Config, prepared: Prepared) -> Job:
+    """The sources, opened, with their formats and splits. Raises UserError on bad input, before anything is made."""
+    cache = _cache(prepared)
     try:
-        rows = source.open_rows(config.hf_dataset_config, cache)
-        source.check_columns(config.hf_dataset_config, rows.column_names, config.objective)
-        source.assign_splits(len(rows), config.hf_dataset_config, config.seed)
-    except UserError:
-        shutil.rmtree(cache, ignore_errors=True)
+        sources = source.open_sources(config.hf_dataset_config, cache)
+        found = tuple(formats.detect(each, config.objective) for each in sources)
+        if any(formats.is_chat(*each) for each in zip(found, sources, strict=True)):
+            tokenizer = tokenize.load_tokenizer(config.hf_model_id, config.trust_remote_code)
+            template = load_chat_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+        else:
+            template = None
+        splits = source.assign_splits(sum(map(len, sources)), config.hf_dataset_config, config.seed)
+    except BaseException:
+        forget_sources(prepared)
         raise
-    return rows
+    staging = prepared.path.with_name(f".staging-{prepared.path.name}")
+    return Job(config.to_dict(), tuple(sources), found, splits, staging, template)
 
 
-def forget_source(prepared: Prepared) -> None:
-    """Remove what `open_source` made of text formats."""
-    shutil.rmtree(prepared.path.parent / f".source-{prepared.path.name}", ignore_errors=True)
+def forget_sources(prepared: Prepared) -> None:
+    """Remove the lines that `open_job` made of other formats."""
+    shutil.rmtree(_cache(prepared), ignore_errors=True)
 
 
 def prepare(
     config: Config,
     prepared: Prepared,
     parts: dict[str, Any],
-    rows: Dataset,
+    job: Job,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
     here: bool = False,
 ) -> None:
     """Make the folder `prepared`, as a Ray Data job on this node (Ray must be running), or `here`, in this process.
 
-    `on_rows(done, total)` is called as shards end. Two processes that prepare the same data at once both work; the
-    first to finish publishes. Raises UserError if no row is usable or the overlong policy is "error".
+    `on_rows(done, total)` is called as shards end. After a kill the same call goes on from the shards that were done.
+    Of two processes that prepare the same data, one waits for the other. Raises UserError if no row is usable, too
+    many rows are bad, or the overlong policy is "error".
     """
     prepared.path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".staging-{prepared.path.name}-", dir=prepared.path.parent))
-    try:
-        for split in TOKENIZED:
-            (staging / "tokenized" / split).mkdir(parents=True)
-        counts, done = Counter[str](), 0
-        examples: dict[str, list[int]] = {}
-        for shard in (_shards_here if here else _shards_on_ray)(config, rows, staging):
-            done += shard["rows"]
-            counts.update(shard["counts"])
-            for reason, numbers in shard["examples"].items():
-                examples.setdefault(reason, []).extend(numbers)
-            on_rows(done, len(rows))
-        _join_text(staging)
-        summary = _summary(config, counts, examples)
-        manifest.close(
-            staging, manifest.digests(staging), {"kind": "prepared data", "made_from": parts, "counts": summary}
-        )
-        staging.chmod(0o755)  # temporary folders are private
-        if prepared.path.exists() and not is_ready(prepared):
-            shutil.rmtree(prepared.path)
+    with _alone(prepared):
         try:
-            staging.rename(prepared.path)
-        except OSError:
-            if not is_ready(prepared):  # otherwise another process has just published the same
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        forget_source(prepared)
+            if not is_ready(prepared):
+                _make(config, prepared, parts, job, on_rows, here)
+        except UserError:  # the same rows would end the same way again
+            shutil.rmtree(job.staging, ignore_errors=True)
+            raise
+        finally:
+            forget_sources(prepared)
 
 
-def _shards_here(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
-    splits = source.assign_splits(len(rows), config.hf_dataset_config, config.seed)
-    for shard in range(-(-len(rows) // SHARD_ROWS)):
-        yield write_shard(config, rows, splits, shard, staging)
+def _make(
+    config: Config,
+    prepared: Prepared,
+    parts: dict[str, Any],
+    job: Job,
+    on_rows: Callable[[int, int], None],
+    here: bool,
+) -> None:
+    for folder in ("done", "digests", *(f"tokenized/{split}" for split in TOKENIZED)):
+        (job.staging / folder).mkdir(parents=True, exist_ok=True)
+    total = _Total()
+    for summary in (_shards_here if here else _shards_on_ray)(config, job):
+        total.add(summary)
+        if total.bad > config.bad_rows_limit * job.rows:
+            raise UserError(_too_many_bad(config, job, total))
+        on_rows(total.rows, job.rows)
+    counts = total.counts_of_splits(config)
+    counts["noted"] |= lint.equal_rows(_digests(job.staging))
+    for name in (*(f"{split}.jsonl" for split in SPLITS), QUARANTINE):
+        _join(job.staging, name)
+    staged = replace(prepared, path=job.staging)
+    counts["training"] |= _arrange(config, staged, job)
+    counts["quarantined"] = total.bad
+    if job.template:
+        manifest.write_text(job.staging / CHAT_TEMPLATE, job.template.published)
+    about = {
+        "chat_template": job.template.name if job.template else None,
+        "sources": [
+            {"name": each.config.dataset_name, "format": found, "columns": each.columns, "first_row": each.first_row}
+            for each, found in zip(job.sources, job.formats, strict=True)
+        ],
+        "max_seq_length": config.max_seq_length,
+    }
+    for folder in ("done", "digests"):
+        shutil.rmtree(job.staging / folder)
+    for leftover in job.staging.rglob("*.writing-*"):
+        leftover.unlink(missing_ok=True)
+    manifest.close(
+        job.staging,
+        manifest.digests(job.staging),
+        {"kind": "prepared data", "made_from": parts, **about, "counts": counts},
+    )
+    shutil.rmtree(prepared.path, ignore_errors=True)  # damaged, or it would be ready
+    job.staging.rename(prepared.path)
 
 
-def _shards_on_ray(config: Config, rows: Dataset, staging: Path) -> Iterator[dict[str, Any]]:
+def _shards_here(config: Config, job: Job) -> Iterator[dict[str, Any]]:
+    for shard in range(job.shards):
+        yield shards.write_shard(job, shard)
+
+
+def _shards_on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -157,147 +215,146 @@ def _shards_on_ray(config: Config, rows: Dataset, staging: Path) -> Iterator[dic
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
-    splits = ray.put(source.assign_splits(len(rows), config.hf_dataset_config, config.seed))
-    rows_ref = ray.put(rows)  # a memory-mapped dataset travels as the names of its files
-    settings = config.to_dict()
+    shared = ray.put(job)  # rows stay in their files: a task opens what it reads
 
     def work(shard: dict[str, Any]) -> dict[str, Any]:
         try:
-            result = write_shard(
-                Config.from_dict(settings), ray.get(rows_ref), ray.get(splits), int(shard["id"]), Path(staging)
-            )
+            result = shards.write_shard(ray.get(shared), int(shard["id"]))
         except UserError as error:  # which Ray would wrap in a traceback of its own
             result = {"error": str(error)}
         return {"result": json.dumps(result)}
 
-    shards = -(-len(rows) // SHARD_ROWS)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the source need only exist on this node
-    job = ray.data.range(shards, override_num_blocks=shards).map(
+    tasks = ray.data.range(job.shards, override_num_blocks=job.shards).map(
         work,
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(min(shards, config.hf_dataset_config.num_proc)),
+        compute=ray.data.TaskPoolStrategy(min(job.shards, config.hf_dataset_config.num_proc)),
         label_selector=here,
     )
-    for row in job.iter_rows():
+    for row in tasks.iter_rows():
         result = json.loads(row["result"])
         if "error" in result:
             raise UserError(result["error"])
         yield result
 
 
-@lru_cache(maxsize=1)
-def _encoder(model_id: str, trust_remote_code: bool) -> tokenize.Encoder:
-    return tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
+class _Total:
+    """The sum of the shards' summaries; the same whatever order they come in."""
 
+    def __init__(self) -> None:
+        self.rows = self.bad = 0
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, list[int]] = {}
+        self.details: dict[str, tuple[int, str]] = {}
+        self.first_bad: list[dict[str, Any]] = []
 
-def write_shard(config: Config, rows: Dataset, splits: np.ndarray, shard: int, staging: Path) -> dict[str, Any]:
-    """Render, divide and tokenize rows [shard·SHARD_ROWS, …); returns counts and example row numbers per reason."""
-    first = shard * SHARD_ROWS
-    last = min(first + SHARD_ROWS, len(rows))
-    counts: Counter[str] = Counter()
-    examples: dict[str, list[int]] = {}
+    def add(self, summary: dict[str, Any]) -> None:
+        self.rows += summary["rows"]
+        self.bad += summary["bad"]
+        self.counts.update(summary["counts"])
+        self.first_bad = sorted([*self.first_bad, *summary["first_bad"]], key=lambda bad: bad["row"])[:EXAMPLES]
+        for what, rows in summary["first"].items():
+            self.first[what] = sorted([*self.first.get(what, []), *rows])[:EXAMPLES]
+            if what in summary["details"]:
+                detail = (rows[0], summary["details"][what])
+                self.details[what] = min(self.details.get(what, detail), detail)
 
-    def note(what: str, row: int) -> None:
-        counts[what] += 1
-        if len(examples.setdefault(what, [])) < _EXAMPLES:
-            examples[what].append(row)
-
-    texts: dict[str, list[tuple[int, str, str]]] = {split: [] for split in SPLITS}
-    for number, row in enumerate(rows.select(range(first, last)), start=first):
-        prompt, answer = source.render(config.hf_dataset_config, row, config.objective)
-        if answer.strip():
-            texts[SPLITS[splits[number]]].append((number, prompt, answer))
-        else:
-            note("empty_output", number)
-
-    for split, entries in texts.items():
-        _write_text(staging / f"{split}.jsonl.part-{shard:06d}", entries)
-        if split in TOKENIZED and entries:
-            samples = _tokenize(config, entries, note)
-            _write_arrow(staging / "tokenized" / split / f"part-{shard:06d}.arrow", samples)
-            counts[f"{split}_samples"] += len(samples)
-            counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
-            counts[f"{split}_trained_tokens"] += sum(
-                label != tokenize.IGNORE for _, sample in samples for label in sample.labels
-            )
-        counts[f"{split}_rows"] += len(entries)
-    return {"rows": last - first, "counts": counts, "examples": examples}
-
-
-def _tokenize(
-    config: Config, entries: list[tuple[int, str, str]], note: Callable[[str, int], None]
-) -> list[tuple[int, tokenize.Sample]]:
-    numbers, inputs, outputs = zip(*entries, strict=True)
-    kept = []
-    encode = _encoder(config.hf_model_id, config.trust_remote_code)
-    for number, whole in zip(numbers, encode(inputs, outputs), strict=True):
-        pieces = tokenize.fit(whole, config.max_seq_length, config.overlong_policy, config.objective == "cpt")
-        trainable = [(number, piece) for piece in pieces if piece.trains]
-        if whole.merged_boundary:
-            note("merged_boundary", number)
-        if not pieces:
-            note("overlong_dropped", number)
-        elif not trainable:
-            note("no_trained_token", number)
-        elif any(piece.truncated for piece in pieces):
-            note("truncated", number)
-        kept += trainable
-    return kept
-
-
-def _write_text(path: Path, entries: list[tuple[int, str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for number, prompt, answer in entries:
-            file.write(json.dumps({"input": prompt, "output": answer, "row": number}, ensure_ascii=False) + "\n")
-
-
-def _write_arrow(path: Path, samples: list[tuple[int, tokenize.Sample]]) -> None:
-    import pyarrow as pa
-
-    table = pa.table(
-        {
-            "input_ids": pa.array([sample.input_ids for _, sample in samples], pa.list_(pa.int32())),
-            "labels": pa.array([sample.labels for _, sample in samples], pa.list_(pa.int32())),
-            "row": pa.array([number for number, _ in samples], pa.int64()),
+    def counts_of_splits(self, config: Config) -> dict[str, Any]:
+        """Figures of each split and what was noted. Raises UserError if nothing is left of a split that is needed."""
+        noted = {
+            what: {
+                "rows": self.counts[what],
+                "first": rows,
+                **({"detail": self.details[what][1]} if what in self.details else {}),
+            }
+            for what, rows in self.first.items()
         }
+        for split in TOKENIZED if config.evaluates else TOKENIZED[:1]:
+            if not self.counts[f"{split}_samples"]:
+                reasons = [f"{reason}: {about['rows']}" for reason, about in noted.items()]
+                reasons += [f"row {bad['row']}: {bad['reason']}" for bad in self.first_bad[:3]]
+                raise UserError(
+                    f"No {split} sample can be trained on ({', '.join(reasons) or 'no row was left'}). Raise "
+                    f"--max_seq_length (now {config.max_seq_length}) or check the templates."
+                )
+        figures = {
+            split: {
+                what: self.counts[f"{split}_{what}"]
+                for what in ("rows", "samples", "tokens", "trained_tokens")
+                if what == "rows" or split in TOKENIZED
+            }
+            for split in SPLITS
+        }
+        return {**figures, "noted": noted, "serving_checked": self.counts["serving_checked"]}
+
+
+def _too_many_bad(config: Config, job: Job, total: _Total) -> str:
+    """The message, which points to all bad rows so far: they are kept beside the prepared data."""
+    kept = job.staging.parent / f"quarantine-{job.staging.name.removeprefix('.staging-')}.jsonl"
+    _join(job.staging, QUARANTINE)
+    (job.staging / QUARANTINE).replace(kept)
+    listed = "; ".join(f"{bad['where']}: {bad['reason']}" for bad in total.first_bad[:3])
+    return (
+        f"{total.bad:,} of {total.rows:,} rows cannot be used, over bad_rows_limit {config.bad_rows_limit:g} ({listed}"
+        f"{'; …' if total.bad > 3 else ''}). All of them: {kept}. Mend them, or raise --bad_rows_limit."
     )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
 
 
-def _join_text(staging: Path) -> None:
-    for split in SPLITS:
-        with (staging / f"{split}.jsonl").open("wb") as joined:
-            for part in sorted(staging.glob(f"{split}.jsonl.part-*")):
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, joined)
-                part.unlink()
+def _arrange(config: Config, prepared: Prepared, job: Job) -> dict[str, Any]:
+    """Write which samples share a sequence, if not each has its own; returns `sequences` and `fill`."""
+    weights = [part.weight for part in config.hf_dataset_config.parts()]
+    samples = prepared.tokenized("training").with_format("arrow")
+    if not config.packing and set(weights) == {1.0}:
+        return {"sequences": len(samples)}
+    lengths, rows = _columns(samples)
+    firsts = [each.first_row for each in job.sources]
+    part_of = np.searchsorted(firsts, rows, side="right") - 1
+    epoch = packing.repeated(np.array(weights)[part_of], config.seed)
+    if not len(epoch):
+        raise UserError("The weights leave no training sample. Raise a weight.")
+    packs = packing.pack(lengths, epoch, config.max_seq_length) if config.packing else Packs.singly(epoch)
+    packs.save(prepared.path / PACKS)
+    figures: dict[str, Any] = {"sequences": len(packs)}
+    return figures | ({"fill": round(packing.fill(packs, lengths, config.max_seq_length), 4)} if config.packing else {})
 
 
-def _summary(config: Config, counts: Counter[str], examples: dict[str, list[int]]) -> dict[str, Any]:
-    reasons = {
-        reason: {"rows": counts[reason], "first": sorted(numbers)[:_EXAMPLES]} for reason, numbers in examples.items()
-    }
-    needed = TOKENIZED if config.evaluates else TOKENIZED[:1]
-    for split in needed:
-        if not counts[f"{split}_samples"]:
-            why = ", ".join(f"{reason}: {about['rows']}" for reason, about in reasons.items()) or "no row was left"
-            raise UserError(
-                f"No {split} sample can be trained on ({why}). Raise --max_seq_length (now {config.max_seq_length}) or "
-                "check the templates."
-            )
-    figures = {
-        split: {
-            what: counts[f"{split}_{what}"]
-            for what in ("rows", "samples", "tokens", "trained_tokens")
-            if what == "rows" or split in TOKENIZED
-        }
-        for split in SPLITS
-    }
-    return {**figures, "noted": reasons}
+def _columns(samples: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, source row) of each sample, without reading the tokens."""
+    import pyarrow.compute as pc
+
+    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in samples.iter(65536)]
+    rows = [table["row"].to_numpy() for table in samples.iter(65536)]
+    return np.concatenate(lengths).astype(np.int64), np.concatenate(rows)
 
 
-def _code_digest() -> str:
-    """Digest of the code that shapes prepared data, so that an upgrade of Manta never reuses what an older one made."""
-    here = Path(__file__).parent
-    return source.fingerprint({path.name: manifest.sha256(path) for path in here.glob("*.py")})
+def _digests(staging: Path) -> np.ndarray:
+    return np.concatenate([np.load(path) for path in sorted((staging / "digests").glob("*.npy"))])
+
+
+def _join(staging: Path, name: str) -> None:
+    with (staging / name).open("wb") as joined:
+        for part in sorted(staging.glob(f"{name}.part-*[0-9]")):
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, joined)
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _alone(prepared: Prepared) -> Iterator[None]:
+    """Hold the lock of this folder, which the system gives back when the process ends, however it ends."""
+    path = prepared.path.with_name(f".lock-{prepared.path.name}")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _cache(prepared: Prepared) -> Path:
+    """This process's own; those that killed processes of this host left are removed."""
+    host = socket.gethostname()
+    for left in prepared.path.parent.glob(f".source-*-{host}-*"):
+        if Path("/proc/self").exists() and not Path("/proc", left.name.rpartition("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return prepared.path.with_name(f".source-{prepared.path.name}-{host}-{os.getpid()}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from torch.utils.data import Dataset
 
 from manta import manifest
 from manta.config import Config, HFDatasetConfig
-from manta.data import source
+from manta.data import formats, source
+from manta.data.lines import BadRow
+from manta.data.source import SPLITS
 from manta.data.tokenize import Encoder, fit
+from manta.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +66,7 @@ def load_and_prepare_datasets(
     the other ranks wait in a collective instead of polling. All ranks must see `dataset_root`.
     """
     parts = {"data": source.identity(config), "templates": config.model_dump(exclude={"num_proc"}), "seed": seed}
-    folder = Path(dataset_root).absolute() / source.fingerprint(parts)
+    folder = Path(dataset_root).absolute() / manifest.fingerprint(parts)
     if rank == 0 and manifest.damage(folder) is not None:
         _write_splits(config, folder, seed, parts)
     _barrier()
@@ -74,17 +78,21 @@ def load_and_prepare_datasets(
 
 def _write_splits(config: HFDatasetConfig, folder: Path, seed: int, parts: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = source.open_rows(config, folder / ".source")
-    source.check_columns(config, rows.column_names, "sft")
-    splits = source.assign_splits(len(rows), config, seed)
-    for index, split in enumerate(source.SPLITS):
-        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for number in (splits == index).nonzero()[0]:
-                prompt, answer = source.render(config, rows[int(number)], "sft")
-                if answer.strip():
-                    line = {"input": prompt, "output": answer, "row": int(number)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    names = [f"{split}.jsonl" for split in source.SPLITS]
+    opened = source.open_source(config, folder / ".source")
+    formats.check_templates(opened, "sft")
+    splits = source.assign_splits(len(opened), config, seed)
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8")) for split in SPLITS]
+        for number, row in enumerate(opened):
+            if row is None:
+                continue
+            if isinstance(row, BadRow):
+                raise UserError(f"{opened.rows.where(number)} cannot be used: {row}. Mend it, or leave it out.")
+            prompt, answer = formats.render(config, row, "sft")
+            if answer.strip():
+                line = {"input": prompt, "output": answer, "row": number}
+                files[splits[number]].write(json.dumps(line, ensure_ascii=False) + "\n")
+    names = [f"{split}.jsonl" for split in SPLITS]
     manifest.close(folder, manifest.digests(folder, names), {"kind": "splits", "made_from": parts})
     shutil.rmtree(folder / ".source", ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""From text to token ids and labels: the output and EOS are trained, the input is masked, exactly at the boundary."""
+"""From text to token ids and labels: what is trained and what is masked, exactly at the boundaries, and EOS learned."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from manta import manifest
 from manta.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label that cross-entropy skips, as in PyTorch and transformers
+
+# Files of a model's folder that say what its tokenizer and chat template do.
+_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("additional_chat_templates/*", "*.model", "*.tiktoken", "generation_config.json"),
+)
 
 OverlongPolicy = Literal["truncate", "drop", "error"]
 
@@ -50,6 +59,27 @@ def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
+def stop_tokens(model_id: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of the tokens that end generation: the tokenizer's EOS and those of the model's generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        more = GenerationConfig.from_pretrained(model_id).eos_token_id
+    except OSError:  # many base models have none
+        more = None
+    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])]
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(list(dict.fromkeys(ids)))]
+
+
+def identity(model_id: str, trust_remote_code: bool = False) -> dict[str, str]:
+    """What the tokenizer is: digests of a local folder's files, which takes no import, or of what a hub's does."""
+    folder = Path(model_id).expanduser()
+    files = sorted(path for pattern in _FILES for path in folder.glob(pattern)) if folder.is_dir() else []
+    if files:
+        return {path.name: manifest.sha256(path) for path in files}
+    return {"behaviour": tokenizer_digest(load_tokenizer(model_id, trust_remote_code))}
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over what a tokenizer does: its vocabulary and merges, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -58,12 +88,31 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-class Encoder:
-    """Encodes (input, output) pairs in batches.
+@dataclass(frozen=True)
+class Rendered:
+    """A text and the character spans [start, end) of it that are trained, in order and apart from each other.
 
-    The pair is tokenized as one text and divided by character offsets. Where a token would span the boundary, the
-    two sides are tokenized apart instead: that is what the model meets when it is served, where the prompt ends
-    before the answer exists. Such samples have `merged_boundary` set.
+    The text of a conversation (`chat`) holds its special tokens and stop tokens; to any other the tokenizer's own are
+    added, and EOS at the end.
+    """
+
+    text: str
+    trained: tuple[tuple[int, int], ...]
+    chat: bool = False
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """The text divided where training begins and ends: (text, whether it is trained)."""
+        edges = [0, *(edge for span in self.trained for edge in span), len(self.text)]
+        found = [(self.text[a:b], index % 2 == 1) for index, (a, b) in enumerate(pairwise(edges))]
+        return [piece for piece in found if piece[0]]
+
+
+class Encoder:
+    """Encodes texts in batches, with labels exact to the character.
+
+    A text is tokenized as one and divided by character offsets. Where a token would span a boundary between masked
+    and trained text, the two sides are tokenized apart instead: that is what the model meets when it is served, where
+    the prompt ends before the answer exists. Such samples have `merged_boundary` set.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -79,17 +128,29 @@ class Encoder:
             self.trims_offsets = any(start == 2 for start, _ in self.backend.encode("a b").offsets)
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
+        """Prompts, which are masked, and answers, which are trained."""
+        pairs = zip(inputs, outputs, strict=True)
+        return self.encode([Rendered(a + b, ((len(a), len(a) + len(b)),)) for a, b in pairs])
+
+    def encode(self, texts: Sequence[Rendered]) -> list[Sample]:
+        """A sample for each text, in order. All of them conversations, or none."""
+        if not texts:
+            return []
         if self.backend is None:
-            return [self._sample(*pair) for pair in self._apart(inputs, outputs)]
-        encodings = self.backend.encode_batch([a + b for a, b in zip(inputs, outputs, strict=True)])
-        whole = [self._without_appended(encoding) for encoding in encodings]
-        samples: list[Sample | None] = [
-            self._divide(*each) for each in zip(inputs, outputs, whole, encodings, strict=True)
-        ]
-        torn = [i for i, sample in enumerate(samples) if sample is None]
-        apart = self._apart([inputs[i] for i in torn], [outputs[i] for i in torn])
-        for i, (masked, trained) in zip(torn, apart, strict=True):
-            samples[i] = self._sample(masked, trained, merged_boundary=masked + trained != whole[i])
+            return [self._sample(*each) for each in zip(texts, self._apart(texts), strict=True)]
+        chat = texts[0].chat
+        encodings = self.backend.encode_batch([text.text for text in texts], add_special_tokens=not chat)
+        samples: list[Sample | None] = []
+        whole: dict[int, list[int]] = {}  # of the texts that must be tokenized in pieces
+        for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            ids = encoding.ids if chat else self._without_appended(encoding)
+            divided = self._divide(text, ids, encoding)
+            samples.append(None if divided is None else self._sample(text, divided))
+            if divided is None:
+                whole[index] = ids
+        for (index, ids), pieces in zip(whole.items(), self._apart([texts[i] for i in whole]), strict=True):
+            together = [token for tokens, _ in pieces for token in tokens]
+            samples[index] = self._sample(texts[index], pieces, merged_boundary=together != ids)
         return cast(list[Sample], samples)
 
     @staticmethod
@@ -100,39 +161,56 @@ class Encoder:
             ids.pop()
         return ids
 
-    def _divide(self, prompt: str, answer: str, ids: list[int], encoding: Encoding) -> Sample | None:
-        """Input and output of a text tokenized whole, or None if a token spans the boundary, or may do so unseen."""
-        if self.trims_offsets and (prompt[-1:].isspace() or answer[:1].isspace()):
-            return None
-        boundary = len(prompt)
+    def _divide(self, text: Rendered, ids: list[int], encoding: Encoding) -> list[tuple[list[int], bool]] | None:
+        """Pieces of a text tokenized whole, or None if a token spans an edge between them, or may do so unseen."""
 
         def end(index: int) -> int:
             span = encoding.token_to_chars(index)
             return span[1] if span else 0  # a special token put in front
 
-        # Ends never fall, so the first token that reaches past the boundary is found by bisection.
-        first = bisect_right(range(len(ids)), boundary, key=end)
-        if first < len(ids) and (encoding.token_to_chars(first) or (boundary,))[0] < boundary:
-            return None
-        return self._sample(ids[:first], ids[first:])
+        pieces = []
+        first = 0
+        for number, edge in enumerate(edge for span in text.trained for edge in span):
+            # Ends never fall, so the first token that reaches past the edge is found by bisection.
+            last = bisect_right(range(len(ids)), edge, lo=first, key=end) if edge < len(text.text) else len(ids)
+            if last < len(ids):
+                if self.trims_offsets and (text.text[edge - 1 : edge].isspace() or text.text[edge].isspace()):
+                    return None
+                if (encoding.token_to_chars(last) or (edge,))[0] < edge:
+                    return None
+            pieces.append((ids[first:last], number % 2 == 1))
+            first = last
+        return [*pieces, (ids[first:], False)]
 
-    def _apart(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each input and each output, tokenized by themselves."""
-        if not inputs:
-            return []
-        prompts = self.tokenizer(list(inputs), verbose=False)["input_ids"]
-        answers = self.tokenizer(list(outputs), add_special_tokens=False, verbose=False)["input_ids"]
-        written = [prompt.endswith(str(self.tokenizer.eos_token)) for prompt in inputs]
-        return [
+    def _apart(self, texts: Sequence[Rendered]) -> list[list[tuple[list[int], bool]]]:
+        """For each text, the ids of its pieces, each tokenized by itself."""
+        divided = [text.pieces() for text in texts]
+        for text, pieces in zip(texts, divided, strict=True):
+            if not text.chat and (not pieces or pieces[0][1]):
+                pieces.insert(0, ("", False))  # where the tokenizer's own special tokens stand
+        plain = iter(self._ids([piece for pieces in divided for piece, _ in pieces], special=False))
+        apart = [[(next(plain), trained) for _, trained in pieces] for pieces in divided]
+        starts = [index for index, text in enumerate(texts) if not text.chat]
+        for index, ids in zip(starts, self._ids([divided[i][0][0] for i in starts], special=True), strict=True):
             # An EOS that the tokenizer appended to the prompt, not the user, would end it before the answer.
-            (ids[:-1] if ids and ids[-1] == self.eos and not own else ids, answer)
-            for ids, answer, own in zip(prompts, answers, written, strict=True)
-        ]
+            if ids and ids[-1] == self.eos and not divided[index][0][0].endswith(str(self.tokenizer.eos_token)):
+                ids = ids[:-1]
+            apart[index][0] = (ids, False)
+        return apart
 
-    def _sample(self, masked: list[int], trained: list[int], merged_boundary: bool = False) -> Sample:
-        if not trained or trained[-1] != self.eos:
-            trained = [*trained, self.eos]
-        return Sample(masked + trained, [IGNORE] * len(masked) + trained, merged_boundary)
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+
+    def _sample(self, text: Rendered, pieces: list[tuple[list[int], bool]], merged_boundary: bool = False) -> Sample:
+        ids: list[int] = []
+        labels: list[int] = []
+        for tokens, trained in pieces:
+            ids += tokens
+            labels += tokens if trained else [IGNORE] * len(tokens)
+        if not text.chat and (not labels or labels[-1] != self.eos):
+            ids.append(self.eos)
+            labels.append(self.eos)
+        return Sample(ids, labels, merged_boundary)
 
 
 def fit(sample: Sample, max_length: int, policy: OverlongPolicy, split: bool = False) -> list[Sample]:

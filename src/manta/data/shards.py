@@ -1,0 +1,293 @@
+"""What one task of the preparation does: read a shard of a source, render, tokenize, write its part of each file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from manta import manifest
+from manta.config import Config
+from manta.data import formats, tokenize
+from manta.data.chat import ChatTemplate
+from manta.data.formats import Conversation, Pair
+from manta.data.lines import BadRow
+from manta.data.source import SPLITS, Source
+from manta.data.tokenize import Rendered, Sample
+
+TOKENIZED = ("training", "validation")
+EXAMPLES = 10  # source rows named per finding
+_SERVING_CHECKED = 64  # conversations of a shard whose prompts are compared with what is served
+_EXCERPT = 300  # characters of a bad row in the quarantine file
+
+# Per row of the source, for the search for equal rows.
+DIGEST = np.dtype([("row", np.int64), ("split", np.int8), ("text", np.int64)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks share. `formats` has one for each source, `splits` an index into SPLITS for each row."""
+
+    settings: dict[str, Any]  # Config.to_dict()
+    sources: tuple[Source, ...]
+    formats: tuple[formats.Format, ...]
+    splits: np.ndarray
+    staging: Path
+    template: ChatTemplate | None = None  # of conversations
+
+    @property
+    def shards(self) -> int:
+        return sum(len(source.rows.shards) for source in self.sources)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def source_of(self, shard: int) -> int:
+        return max(index for index, source in enumerate(self.sources) if source.first_shard <= shard)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A usable row on its way to tokens: what people read of it, and what is tokenized."""
+
+    row: int
+    record: Mapping[str, Any]
+    rendered: Rendered
+
+
+class Findings:
+    """Counts of what was noticed, with the first rows and one detail of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.rows: dict[str, list[int]] = {}
+        self.details: dict[str, str] = {}
+
+    def note(self, what: str, row: int, detail: str | None = None) -> None:
+        self.counts[what] += 1
+        if len(self.rows.setdefault(what, [])) < EXAMPLES:
+            self.rows[what].append(row)
+        if detail is not None:
+            self.details.setdefault(what, detail)
+
+
+def write_shard(job: Job, shard: int) -> dict[str, Any]:
+    """Write the parts of shard `shard` under `job.staging`, its summary last; returns the summary.
+
+    A shard whose summary stands there is not done again. Parts are the same whoever writes them, and however often.
+    """
+    name = f"{shard:06d}"
+    done = manifest.read_json(job.staging / "done" / f"{name}.json")
+    if done and all(_size(job.staging / file) == size for file, size in done["files"].items()):
+        return done
+    config = Config.from_dict(job.settings)
+    source, found = job.sources[job.source_of(shard)], job.formats[job.source_of(shard)]
+    findings = Findings()
+    texts: dict[str, list[_Text]] = {split: [] for split in SPLITS}
+    quarantine: list[dict[str, Any]] = []
+    first = source.first_row + sum(source.rows.shards[: shard - source.first_shard])
+    render = _renderer(config, source, found, job.template, findings)
+    number = first - 1
+    for number, row in enumerate(source.rows.read(shard - source.first_shard), start=first):
+        try:
+            text = render(number, row)
+        except BadRow as error:
+            where = source.rows.where(number - source.first_row)
+            excerpt = "" if isinstance(row, BadRow) else json.dumps(row, default=str)[:_EXCERPT]
+            quarantine.append({"row": number, "where": where, "reason": str(error), "excerpt": excerpt})
+        else:
+            if text is not None:
+                texts[SPLITS[job.splits[number]]].append(text)
+
+    _write_lines(job.staging / f"quarantine.jsonl.part-{name}", quarantine)
+    _write_digests(job.staging / "digests" / f"part-{name}.npy", texts)
+    for split, entries in texts.items():
+        _write_lines(job.staging / f"{split}.jsonl.part-{name}", [entry.record for entry in entries])
+        findings.counts[f"{split}_rows"] += len(entries)
+        if split in TOKENIZED and entries:
+            samples = _tokenize(config, entries, findings)
+            _write_arrow(job.staging / "tokenized" / split / f"part-{name}.arrow", samples)
+            findings.counts[f"{split}_samples"] += len(samples)
+            findings.counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
+            findings.counts[f"{split}_trained_tokens"] += sum(
+                label != tokenize.IGNORE for _, sample in samples for label in sample.labels
+            )
+    parts = sorted(path for path in job.staging.rglob(f"*part-{name}*") if not _is_unfinished(path))
+    summary = {
+        "files": {str(path.relative_to(job.staging)): _size(path) for path in parts},
+        "rows": number + 1 - first,
+        "counts": dict(findings.counts),
+        "first": findings.rows,
+        "details": findings.details,
+        "bad": len(quarantine),
+        "first_bad": quarantine[:EXAMPLES],
+    }
+    manifest.write_json(job.staging / "done" / f"{name}.json", summary)
+    return summary
+
+
+@lru_cache(maxsize=1)
+def _encoder(model_id: str, trust_remote_code: bool) -> tokenize.Encoder:
+    return tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
+
+
+@lru_cache(maxsize=1)
+def _stops(model_id: str, trust_remote_code: bool) -> list[str]:
+    return tokenize.stop_tokens(model_id, _encoder(model_id, trust_remote_code).tokenizer)
+
+
+def _renderer(
+    config: Config, source: Source, found: formats.Format, template: ChatTemplate | None, findings: Findings
+) -> Callable[[int, Any], _Text | None]:
+    """Row number and row → text, or None for a row that is left out and counted. Raises BadRow."""
+    read = formats.reader(found, source.config, config.objective)
+    checked = 0
+
+    def render(number: int, row: Any) -> _Text | None:
+        nonlocal checked
+        if isinstance(row, BadRow):
+            raise row
+        meaning = None if row is None else read(row)
+        if meaning is None:
+            findings.note("blank_line", number)
+            return None
+        if isinstance(meaning, Conversation):
+            checked += 1
+            assert template is not None
+            return _render_chat(config, source, template, meaning, number, findings, checked <= _SERVING_CHECKED)
+        if not meaning.output.strip():
+            findings.note("empty_output", number)
+            return None
+        return _render_pair(meaning, number)
+
+    return render
+
+
+def _render_pair(pair: Pair, number: int) -> _Text:
+    record = {"input": pair.input, "output": pair.output, "row": number}
+    edge = len(pair.input)
+    return _Text(number, record, Rendered(pair.input + pair.output, ((edge, edge + len(pair.output)),)))
+
+
+def _render_chat(
+    config: Config,
+    source: Source,
+    template: ChatTemplate,
+    talk: Conversation,
+    number: int,
+    findings: Findings,
+    check_serving: bool,
+) -> _Text:
+    stops = _stops(config.hf_model_id, config.trust_remote_code)
+    rendered = template.render(talk, source.config.train_on)
+    if not rendered.trained:
+        raise BadRow("the chat template marks nothing of the assistant's")
+    start, end = rendered.trained[-1]
+    ending = rendered.text[start:end].rstrip()
+    stop = next((stop for stop in stops if ending.endswith(stop)), None)
+    if stop is None:
+        detail = f"it ends in {ending[-30:]!r}, and generation ends at {' or '.join(stops)}"
+        findings.note("stop_not_trained", number, detail)
+    if lost := template.lost(talk, rendered):
+        findings.note("content_lost", number, lost)
+    if check_serving:
+        findings.counts["serving_checked"] += 1
+        if difference := template.serving_difference(talk, rendered):
+            findings.note("serving_differs", number, difference)
+    prompt = template.prompt(talk, talk.trained[-1])
+    answer = rendered.text[len(prompt) : end] if rendered.text.startswith(prompt) else rendered.text[start:end]
+    output = answer.rstrip().removesuffix(stop or "")
+    record = {
+        "input": prompt,
+        "output": output,
+        "end": answer[len(output) :],
+        "row": number,
+        "messages": talk.messages,
+        **({"tools": talk.tools} if talk.tools else {}),
+    }
+    return _Text(number, record, rendered)
+
+
+def _tokenize(config: Config, entries: list[_Text], findings: Findings) -> list[tuple[int, Sample]]:
+    kept = []
+    encode = _encoder(config.hf_model_id, config.trust_remote_code).encode
+    for entry, whole in zip(entries, encode([entry.rendered for entry in entries]), strict=True):
+        pieces = tokenize.fit(whole, config.max_seq_length, config.overlong_policy, config.objective == "cpt")
+        trainable = [(entry.row, piece) for piece in pieces if piece.trains]
+        if whole.merged_boundary:
+            findings.note("boundary_split", entry.row)
+        if not pieces:
+            findings.note("overlong_dropped", entry.row)
+        elif not trainable:
+            findings.note("no_trained_token", entry.row)
+        elif any(piece.truncated for piece in pieces):
+            findings.note("truncated", entry.row)
+        elif len(trainable) < len(pieces):
+            findings.note("single_token_tail", entry.row)
+        kept += trainable
+    return kept
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _is_unfinished(path: Path) -> bool:
+    return ".writing-" in path.name
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which then takes its place: a task that outlives its driver cannot harm."""
+    temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
+    yield temporary
+    temporary.replace(path)
+
+
+def _write_lines(path: Path, records: list[Any]) -> None:
+    if records:
+        with _writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+
+def _write_digests(path: Path, texts: Mapping[str, list[_Text]]) -> None:
+    digests = np.array(
+        [(entry.row, index, _digest(entry.rendered)) for index, split in enumerate(SPLITS) for entry in texts[split]],
+        dtype=DIGEST,
+    )
+    with _writing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, digests)
+
+
+def _digest(rendered: Rendered) -> int:
+    parts = repr(rendered.trained).encode() + rendered.text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big", signed=True)
+
+
+def _write_arrow(path: Path, samples: list[tuple[int, Sample]]) -> None:
+    import pyarrow as pa
+
+    table = pa.table(
+        {
+            "input_ids": pa.array([sample.input_ids for _, sample in samples], pa.list_(pa.int32())),
+            "labels": pa.array([sample.labels for _, sample in samples], pa.list_(pa.int32())),
+            "row": pa.array([number for number, _ in samples], pa.int64()),
+        }
+    )
+    with (
+        _writing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
