@@ -146,8 +146,43 @@ def _prepare(**flags: Any) -> None:
     click.echo(prepare_only(config))
 
 
-for _verb, _function in (("train", _train), ("prepare", _prepare)):
-    main.add_command(SectionedCommand(_verb, callback=_function, params=config_options(), help=_function.__doc__))
+def _inspect(prepared: str | None, samples: int, rows: str | None, split: str, html: str | None, **flags: Any) -> None:
+    """Look at data before it costs anything: figures, what looks wrong, and samples with what is trained marked.
+
+    Takes the settings of `manta train` and prepares first, or a prepared folder.
+    """
+    config = config_from_flags(flags)
+    from rich.console import Console
+
+    from manta import inspection
+    from manta.data.prepare import Prepared
+    from manta.train import prepared_by
+
+    folder = Prepared(Path(prepared).absolute()) if prepared else prepared_by(config)
+    chosen = [int(row) for row in rows.split(",")] if rows else []
+    wanted = samples if html is None else max(samples, inspection.ON_PAGE)
+    found = inspection.inspect(folder, config, wanted, chosen, split)
+    inspection.show(found, Console(highlight=False), samples)
+    if html:
+        inspection.write_html(found, Path(html))
+        click.echo(f"page: {html}")
+
+
+INSPECT_OPTIONS: list[click.Parameter] = [
+    click.Option(["--prepared"], metavar="FOLDER", help="A prepared folder, instead of settings"),
+    click.Option(["--samples"], type=click.IntRange(0), default=3, help="Samples to show  [3]"),
+    click.Option(["--rows"], metavar="N,N", help="Show the samples of these source rows instead"),
+    click.Option(["--split"], type=click.Choice(["training", "validation"]), default="training", help="  [training]"),
+    click.Option(["--html"], metavar="FILE", help="Write a page, too, with at least 50 samples"),
+]
+
+for _verb, _function, _options in (
+    ("train", _train, []),
+    ("prepare", _prepare, []),
+    ("inspect", _inspect, INSPECT_OPTIONS),
+):
+    _parameters = [*_options, *config_options()]
+    main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
 RUN = click.option(

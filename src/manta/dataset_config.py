@@ -106,7 +106,7 @@ class HFDatasetConfig(BaseModel):
                 self._part(part)
             except ValidationError as error:
                 reasons = "; ".join(
-                    f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+                    ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
                 )
                 raise ValueError(f"mixture[{number}]: {reasons}") from error
         return self

@@ -143,10 +143,11 @@ def assert_documents_apart(model: Any, config: Config) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     before, document = torch.arange(1, 9), torch.arange(9, 1, -1)
+    rows = min(2, config.per_device_train_batch_size)  # flash attention looks for documents in a batch of one row only
 
     def last_logits(*documents: torch.Tensor) -> torch.Tensor:
-        ids = torch.cat(documents)[None].to(model.device)
-        positions = torch.cat([torch.arange(len(each)) for each in documents])[None].to(model.device)
+        ids = torch.cat(documents).repeat(rows, 1).to(model.device)
+        positions = torch.cat([torch.arange(len(each)) for each in documents]).repeat(rows, 1).to(model.device)
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -len(document) :].float()
 
     was_training = model.training
@@ -165,7 +166,8 @@ def assert_documents_apart(model: Any, config: Config) -> None:
     if float((alone - packed).abs().max()) > tolerance * float(alone.abs().max()):
         raise UserError(
             f"In {config.hf_model_id} with {config.attn_implementation} attention, a packed document sees the "
-            "one before it. Leave out --packing, or choose another --attn_implementation."
+            "one before it. Leave out --packing, or choose another --attn_implementation"
+            f"{', or --per_device_train_batch_size 1' if rows > 1 else ''}."
         )
 
 

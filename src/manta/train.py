@@ -87,6 +87,15 @@ def prepare_only(config: Config, console: Console | None = None) -> Path:
     What looks wrong about the data is said, and left to `train` to refuse.
     """
     console = console or Console(stderr=True, highlight=False)
+    prepared = prepared_by(config, console)
+    for finding in lint.findings(prepared.counts, config.lint, config.objective):
+        _say_finding(console, finding)
+    return prepared.path
+
+
+def prepared_by(config: Config, console: Console | None = None) -> Prepared:
+    """The prepared data of `config`, made if it is not there."""
+    console = console or Console(stderr=True, highlight=False)
     config = _absolute(config)
     prepared, parts = prepare.locate(config)
     if not prepare.is_ready(prepared):
@@ -95,9 +104,7 @@ def prepare_only(config: Config, console: Console | None = None) -> Path:
             stack.callback(prepare.forget_sources, prepared)
             stack.enter_context(cluster.connected(config))
             _prepare(config, prepared, parts, job, console)
-    for finding in lint.findings(prepared.counts, config.lint, config.objective):
-        _say_finding(console, finding)
-    return prepared.path
+    return prepared
 
 
 def check_data(config: Config, prepared: Prepared, console: Console) -> None:

@@ -130,9 +130,18 @@ SAMPLES = [
 def test_rows_come_by_number_and_the_masked_one_trains_nothing():
     rows = Rows(SAMPLES)
     assert len(rows) == 3
-    assert rows[2] == {"row": 2, **SAMPLES[2]}
+    assert {name: list(value) if name in SAMPLES[2] else value for name, value in rows[2].items()} == {
+        **SAMPLES[2],
+        "row": 2,
+        "starts": [0],
+    }
     assert rows[MASKED]["row"] == MASKED
     assert set(rows[MASKED]["labels"]) == {IGNORE}
+
+
+def test_the_first_token_of_a_row_is_never_a_target():
+    row = Rows([{"input_ids": [5, 6], "labels": [5, 6]}])[0]
+    assert row["labels"].tolist() == [IGNORE, 6]
 
 
 def test_a_batch_is_padded_to_its_longest_row():
@@ -142,18 +151,20 @@ def test_a_batch_is_padded_to_its_longest_row():
         "labels": (2, 5),
         "attention_mask": (2, 5),
         "rows": (2,),
+        "tokens": (),
     }
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch["input_ids"].tolist() == [[5, 6, 7, 99, 99], [1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE], [IGNORE, IGNORE, IGNORE, 4, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["rows"].tolist() == [0, 2]
+    assert batch["tokens"] == 8
 
 
 def test_an_eos_that_is_also_padding_is_still_trained():
     """Labels are masked by position, never by the padding's id."""
-    rows = [{"row": 0, "input_ids": [5, 9], "labels": [IGNORE, 9]}, {"row": 1, "input_ids": [5], "labels": [IGNORE]}]
-    batch = collate(rows, pad_token_id=9)
+    rows = Rows([{"input_ids": [5, 9], "labels": [IGNORE, 9]}, {"input_ids": [5], "labels": [IGNORE]}])
+    batch = collate([rows[0], rows[1]], pad_token_id=9)
     assert batch["labels"].tolist() == [[IGNORE, 9], [IGNORE, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 

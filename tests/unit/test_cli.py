@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from manta.cli import config_from_flags, main, run_verb
-from manta.config import Config, HFDatasetConfig
+from manta.config import Config
+from manta.dataset_config import HFDatasetConfig, LintConfig
 from manta.errors import ConfigError
 
 VERBS = ("train", "prepare", "convert", "evaluate", "demo")
@@ -66,6 +67,32 @@ def test_the_guides_flags_work_verbatim():
     assert config.hf_dataset_config.field_mapping["response"] == "response"
     assert config.hf_dataset_config.num_proc == 4
     assert (config.per_device_train_batch_size, config.learning_rate) == (1, 2e-4)
+
+
+def test_settings_that_are_more_than_a_word_are_given_as_json():
+    config = flags(
+        *("--lint", '{"duplicates": "off", "truncated_above": 0.5}'),
+        *("--chat_template_kwargs", '{"enable_thinking": false}'),
+        *("--hfdc_mixture", '[{"dataset_name": "a", "weight": 0.5}, {"dataset_name": "b"}]'),
+        *("--packing", "--hfdc_chat", "--hfdc_split", "all", "--bad_rows_limit", "0.2"),
+    )
+    assert config.lint == LintConfig(duplicates="off", truncated_above=0.5)
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert [(part.dataset_name, part.weight, part.split) for part in config.hf_dataset_config.parts()] == [
+        ("a", 0.5, "all"),
+        ("b", 1.0, "all"),
+    ]
+    assert config.packing and config.hf_dataset_config.chat
+    assert config.bad_rows_limit == 0.2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--lint", "duplicates=off"), ("--hfdc_mixture", "a.jsonl,b.jsonl"), ("--chat_template_kwargs", "{x: 1}")],
+)
+def test_a_setting_that_is_not_json_is_refused_by_name(flag, value):
+    output = refused("train", flag, value)
+    assert flag.removeprefix("--").removeprefix("hfdc_") in output and "is not JSON" in output
 
 
 def test_a_data_flag_alone_keeps_the_other_data_defaults():

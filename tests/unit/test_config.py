@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from manta.config import Config, HFDatasetConfig, template_fields
+from manta.config import Config
+from manta.dataset_config import HFDatasetConfig, LintConfig, template_fields
 from manta.errors import ConfigError
 
 GUIDE = {
@@ -95,6 +96,9 @@ SHAPING = {
     "early_stopping_patience": 7,
     "early_stopping_threshold": 0.5,
     "nominal_workers": 3,
+    "chat_template": "qwen3",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "packing": True,
 }
 SHAPING_DATA = {
     "dataset_name": "other",
@@ -105,6 +109,11 @@ SHAPING_DATA = {
     "input_template": "{input}",
     "output_template": "{answer}",
     "field_mapping": {"input": "context"},
+    "format": "template",
+    "chat": True,
+    "train_on": "last",
+    "weight": 0.5,
+    "mixture": ({"dataset_name": "other", "weight": 2},),
 }
 ELSEWHERE = {
     "trust_remote_code": True,
@@ -132,6 +141,8 @@ ELSEWHERE = {
     "logging_dir": "elsewhere",
     "report_to": "wandb",
     "use_wandb": True,
+    "bad_rows_limit": 0.5,
+    "lint": LintConfig(duplicates="off"),
 }
 
 
@@ -150,7 +161,7 @@ def test_the_guides_default_for_data_holds(name, value):
 
 
 def test_every_setting_has_one_line_of_help():
-    for model in (Config, HFDatasetConfig):
+    for model in (Config, HFDatasetConfig, LintConfig):
         for name, field in model.model_fields.items():
             assert field.description, name
             assert "\n" not in field.description, name
@@ -257,6 +268,15 @@ def test_a_setting_that_is_no_word_is_refused():
         ("run_name", "../elsewhere"),
         ("run_name", ".hidden"),
         ("run_name", "a/b"),
+        ("chat_template_kwargs", "{thinking: no}"),
+        ("chat_template_kwargs", ["enable_thinking"]),
+        ("packing", "perhaps"),
+        ("bad_rows_limit", 1.1),
+        ("bad_rows_limit", -0.1),
+        ("lint", "off"),
+        ("lint", {"duplicate": "off"}),
+        ("lint", {"duplicates": "ignore"}),
+        ("lint", {"truncated_above": 2}),
         ("hf_dataset_config", None),
         ("hf_dataset_config", "dolphin"),
     ],
@@ -287,6 +307,13 @@ def test_a_wrong_value_is_refused_by_name(name, value):
         ("field_mapping", "{'input': 'context'}"),
         ("field_mapping", '["input"]'),
         ("field_mapping", {"input": 3}),
+        ("format", "sharegpt"),
+        ("train_on", "first"),
+        ("weight", 0),
+        ("weight", float("inf")),
+        ("mixture", "[a.jsonl]"),
+        ("mixture", '{"dataset_name": "a"}'),
+        ("mixture", ["a.jsonl"]),
     ],
 )
 def test_a_wrong_value_of_the_data_is_refused_by_name(name, value):
@@ -338,6 +365,55 @@ def test_a_field_mapping_that_is_not_json_shows_how_to_write_it():
 def test_a_mapping_of_a_field_that_no_template_uses_is_refused():
     with pytest.raises(ConfigError, match=r"field_mapping maps \['inputs'\], which neither template uses"):
         with_data(field_mapping={"inputs": "context"})
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"weight": 2}, r"mixture\[1\] has no dataset_name"),
+        ({"dataset_name": "b", "train_split_ratio": 0.5}, r"mixture\[1\] sets \['train_split_ratio'\].* in common"),
+        ({"dataset_name": "b", "mixture": []}, r"mixture\[1\] sets \['mixture'\]"),
+        ({"dataset_name": "b", "weight": -1}, r"mixture\[1\]: weight: .*greater than 0"),
+        ({"dataset_name": "b", "wieght": 2}, r"mixture\[1\]: wieght"),
+        ({"dataset_name": "b", "input_template": "{a"}, r"mixture\[1\]: input_template"),
+        ({"dataset_name": "b", "field_mapping": {"x": "y"}}, r"mixture\[1\]: field_mapping maps \['x'\]"),
+    ],
+)
+def test_a_wrong_part_of_a_mixture_is_named_with_the_reason(part, reason):
+    with pytest.raises(ConfigError, match=reason):
+        with_data(mixture=[{"dataset_name": "a"}, part])
+
+
+def test_the_parts_of_a_mixture_share_the_settings_they_do_not_set():
+    data = with_data(
+        split="all",
+        output_template="{answer}",
+        mixture='[{"dataset_name": "a", "weight": 2}, {"dataset_name": "b", "split": "dev", "format": "text"}]',
+    ).hf_dataset_config
+    assert [(part.dataset_name, part.split, part.weight, part.format) for part in data.parts()] == [
+        ("a", "all", 2.0, "auto"),
+        ("b", "dev", 1.0, "text"),
+    ]
+    assert [part.output_template for part in data.parts()] == ["{answer}", "{answer}"]
+    assert [part.mixture for part in data.parts()] == [(), ()]
+
+
+def test_a_dataset_alone_is_the_only_part():
+    data = with_data(dataset_name="a").hf_dataset_config
+    assert data.parts() == [data]
+
+
+def test_only_templates_and_mappings_of_the_user_count_as_his_own():
+    assert not with_data(dataset_name="a", chat=True).hf_dataset_config.has_own_templates()
+    assert with_data(input_template="{q}").hf_dataset_config.has_own_templates()
+    assert with_data(output_template="{a}").hf_dataset_config.has_own_templates()
+    assert with_data(field_mapping={"input": "context"}).hf_dataset_config.has_own_templates()
+
+
+def test_template_variables_and_lint_levels_may_be_json():
+    config = Config.from_dict({"chat_template_kwargs": '{"enable_thinking": false}', "lint": '{"overlap": "error"}'})
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert config.lint == LintConfig(overlap="error")
 
 
 def test_resources_may_be_json():

@@ -5,7 +5,8 @@ import pytest
 from datasets import Dataset
 
 from manta.config import Config
-from manta.data import prepare, source
+from manta.data import lines, prepare, shards, source
+from manta.data.shards import TOKENIZED, Job
 from manta.data.source import SPLITS
 from manta.data.tokenize import IGNORE, load_tokenizer
 from manta.errors import ConfigError, UserError
@@ -25,24 +26,32 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def staging(tmp_path):
-    for split in prepare.TOKENIZED:
-        (tmp_path / "tokenized" / split).mkdir(parents=True)
-    return tmp_path
+    for name in ("done", "digests", *(f"tokenized/{split}" for split in TOKENIZED)):
+        (tmp_path / "staging" / name).mkdir(parents=True)
+    return tmp_path / "staging"
 
 
 def config_of(model, data=None, **settings):
     return Config.from_dict({"hf_model_id": model, "hf_dataset_config": {**TEMPLATES, **(data or {})}, **settings})
 
 
-def write(config, rows, staging, splits=None, shard=0):
-    """Write one shard; every row is in the training split unless `splits` says otherwise."""
+def job_of(config, rows, staging, splits=None):
+    """What writes shards of a file of these rows; all of them are training rows unless `splits` says otherwise."""
+    path = staging.parent / "rows.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    data = config.hf_dataset_config.model_copy(update={"dataset_name": str(path)})
+    sources = source.open_sources(data, staging.parent / "cache")
     splits = np.zeros(len(rows), dtype=np.int8) if splits is None else np.asarray(splits, dtype=np.int8)
-    return prepare.write_shard(config, Dataset.from_list(rows), splits, shard, staging)
+    return Job(config.to_dict(), tuple(sources), ("template",), splits, staging)
+
+
+def write(config, rows, staging, splits=None, shard=0):
+    return shards.write_shard(job_of(config, rows, staging, splits), shard)
 
 
 def texts(staging, split, shard=0):
-    lines = (staging / f"{split}.jsonl.part-{shard:06d}").read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    path = staging / f"{split}.jsonl.part-{shard:06d}"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def samples(staging, split="training", shard=0):
@@ -59,10 +68,10 @@ def test_every_row_is_written_once_in_its_split(model, staging):
             for number in wanted
         ]
         assert result["counts"][f"{split}_rows"] == len(wanted)
-        if split in prepare.TOKENIZED:
+        if split in TOKENIZED:
             assert samples(staging, split)["row"] == wanted
     assert result["rows"] == len(ROWS)
-    assert result["examples"] == {}
+    assert result["first"] == {}
     assert not (staging / "tokenized" / "test").exists()
 
 
@@ -90,7 +99,7 @@ def test_a_prompt_over_the_limit_trains_nothing_and_is_counted(model, staging):
     rows = [*ROWS[:3], {"q": LONG, "a": "Paris."}, *ROWS[3:6]]
     result = write(config_of(model, max_seq_length=60), rows, staging)
     assert result["counts"]["no_trained_token"] == 1
-    assert result["examples"] == {"no_trained_token": [3]}
+    assert result["first"] == {"no_trained_token": [3]}
     assert samples(staging)["row"] == [0, 1, 2, 4, 5, 6]
     assert result["counts"]["training_samples"] == 6
     assert all(any(label != IGNORE for label in labels[1:]) for labels in samples(staging)["labels"])
@@ -98,14 +107,14 @@ def test_a_prompt_over_the_limit_trains_nothing_and_is_counted(model, staging):
 
 def test_an_overlong_output_is_cut_and_counted(model, staging):
     result = write(config_of(model, max_seq_length=60), [*ROWS[:2], {"q": "Where?", "a": LONG}], staging)
-    assert result["examples"] == {"truncated": [2]}
+    assert result["first"] == {"truncated": [2]}
     assert len(samples(staging)[2]["input_ids"]) == 60
 
 
 def test_an_overlong_row_can_be_left_out_and_is_counted(model, staging):
     rows = [{"q": LONG, "a": "Paris."}, ROWS[0], {"q": "Where?", "a": LONG}]
     result = write(config_of(model, max_seq_length=60, overlong_policy="drop"), rows, staging)
-    assert result["examples"] == {"overlong_dropped": [0, 2]}
+    assert result["first"] == {"overlong_dropped": [0, 2]}
     assert samples(staging)["row"] == [1]
 
 
@@ -117,21 +126,39 @@ def test_an_overlong_row_can_be_an_error(model, staging):
 def test_a_row_without_output_is_left_out_and_counted(model, staging):
     rows = [ROWS[0], {"q": "x", "a": ""}, {"q": "x", "a": None}, {"q": "x", "a": " \n"}]
     result = write(config_of(model), rows, staging)
-    assert result["examples"] == {"empty_output": [1, 2, 3]}
+    assert result["first"] == {"empty_output": [1, 2, 3]}
     assert result["counts"]["training_rows"] == len(texts(staging, "training")) == 1
 
 
 def test_a_merged_boundary_is_counted_and_kept(model, staging):
     rows = [ROWS[0], {"q": "Where?", "a": "\nParis."}]
     result = write(config_of(model), rows, staging)
-    assert result["examples"] == {"merged_boundary": [1]}
+    assert result["first"] == {"boundary_split": [1]}
     assert samples(staging)["row"] == [0, 1]
+
+
+def test_a_blank_line_is_counted_and_keeps_its_number(model, staging):
+    result = write(config_of(model), [ROWS[0], "", ROWS[1], "  "], staging)
+    assert result["first"] == {"blank_line": [1, 3]}
+    assert (result["rows"], result["bad"]) == (4, 0)
+    assert samples(staging)["row"] == [0, 2]
+
+
+def test_a_row_that_cannot_be_used_is_put_aside_with_its_reason(model, staging):
+    result = write(config_of(model), [ROWS[0], "[1]", ROWS[1], '{"q": '], staging)
+    (part,) = staging.glob("quarantine.jsonl.part-*")
+    put_aside = [json.loads(line) for line in part.read_text().splitlines()]
+    assert [(bad["row"], bad["where"].rpartition(", ")[2]) for bad in put_aside] == [(1, "line 2"), (3, "line 4")]
+    assert "object is expected" in put_aside[0]["reason"] and "not JSON" in put_aside[1]["reason"]
+    assert result["first_bad"] == put_aside
+    assert (result["rows"], result["bad"]) == (4, 2)
+    assert samples(staging)["row"] == [0, 2]
 
 
 def test_only_the_first_examples_are_listed_and_all_are_counted(model, staging):
     result = write(config_of(model), [{"q": "x", "a": ""}] * 25, staging)
     assert result["counts"]["empty_output"] == 25
-    assert result["examples"]["empty_output"] == list(range(10))
+    assert result["first"]["empty_output"] == list(range(10))
 
 
 def test_a_shard_in_which_nothing_trains_is_an_empty_part(model, staging):
@@ -149,7 +176,7 @@ def test_continual_pretraining_trains_every_token_of_a_long_text(model, staging)
     assert max(len(ids) for ids in pieces["input_ids"]) == 16
     joined = tokenizer.decode([token for ids in pieces["input_ids"] for token in ids])
     assert joined in (LONG + EOS, LONG)  # a last piece of one token has nothing before it, and is left out
-    assert result["examples"] == {}
+    assert result["first"] == {}
 
 
 def test_a_template_with_a_field_in_the_text_is_not_filled_twice(model, staging):
@@ -158,11 +185,13 @@ def test_a_template_with_a_field_in_the_text_is_not_filled_twice(model, staging)
 
 
 def test_shards_divide_the_rows_and_number_them_as_the_source(model, staging):
-    rows = [{"q": str(number), "a": "x"} for number in range(prepare.SHARD_ROWS + 3)]
-    first, last = (write(config_of(model), rows, staging, shard=shard) for shard in (0, 1))
-    assert (first["rows"], last["rows"]) == (prepare.SHARD_ROWS, 3)
-    assert samples(staging, shard=0)["row"] == list(range(prepare.SHARD_ROWS))
-    assert samples(staging, shard=1)["row"] == [prepare.SHARD_ROWS + number for number in range(3)]
+    rows = [{"q": str(number), "a": "x"} for number in range(lines.SHARD_ROWS + 3)]
+    job = job_of(config_of(model), rows, staging)
+    assert (job.shards, job.rows) == (2, len(rows))
+    first, last = (shards.write_shard(job, shard) for shard in (0, 1))
+    assert (first["rows"], last["rows"]) == (lines.SHARD_ROWS, 3)
+    assert samples(staging, shard=0)["row"] == list(range(lines.SHARD_ROWS))
+    assert samples(staging, shard=1)["row"] == [lines.SHARD_ROWS + number for number in range(3)]
     assert [line["row"] for line in texts(staging, "training", shard=1)] == samples(staging, shard=1)["row"]
 
 
@@ -170,10 +199,31 @@ def test_the_same_shard_is_the_same_bytes(model, staging, tmp_path):
     splits = [number % 3 for number in range(len(ROWS))]
     results, written = [], []
     for _ in range(2):
+        (staging / "done" / "000000.json").unlink(missing_ok=True)
         results.append(write(config_of(model), ROWS, staging, splits))
         written.append({path.name: path.read_bytes() for path in staging.rglob("*") if path.is_file()})
     assert results[0] == results[1]
     assert written[0] == written[1]
+
+
+def test_a_shard_that_is_done_is_not_done_again(model, staging):
+    job = job_of(config_of(model), ROWS, staging)
+    result = shards.write_shard(job, 0)
+    (staging.parent / "rows.jsonl").unlink()
+    assert shards.write_shard(job, 0) == result
+
+
+@pytest.mark.parametrize("part", ["training.jsonl.part-000000", "tokenized/training/part-000000.arrow"])
+def test_a_shard_whose_part_is_damaged_is_done_again(model, staging, part):
+    job = job_of(config_of(model), ROWS, staging)
+    result = shards.write_shard(job, 0)
+    whole = (staging / part).read_bytes()
+    (staging / part).write_bytes(whole[:-7])
+    assert shards.write_shard(job, 0) == result
+    assert (staging / part).read_bytes() == whole
+    (staging / part).unlink()
+    assert shards.write_shard(job, 0) == result
+    assert (staging / part).read_bytes() == whole
 
 
 @pytest.fixture
@@ -187,6 +237,8 @@ def test_the_folder_follows_everything_that_shapes_the_data(model, data, tmp_pat
     """The guide's cache ignores templates, mapping, split and seed, and so reuses stale data."""
     other = tmp_path / "other"
     tiny_tokenizer(other, vocab_size=300)
+    written = tmp_path / "chat.jinja"
+    written.write_text("{{ messages }}")
     configs = [
         config_of(model, data),
         config_of(str(other), data),
@@ -200,16 +252,29 @@ def test_the_folder_follows_everything_that_shapes_the_data(model, data, tmp_pat
         config_of(model, {**data, "split": "test"}),
         config_of(model, {**data, "train_split_ratio": 0.8}),
         config_of(model, {**data, "val_test_split_ratio": 0.4}),
+        config_of(model, {**data, "format": "text"}),
+        config_of(model, {**data, "chat": True}),
+        config_of(model, {**data, "train_on": "last"}),
+        config_of(model, {**data, "weight": 2}),
+        config_of(model, {"mixture": [data, data]}),
+        config_of(model, data, packing=True),
+        config_of(model, data, chat_template="qwen3"),
+        config_of(model, data, chat_template=str(written)),
+        config_of(model, data, chat_template_kwargs={"enable_thinking": False}),
     ]
     paths = [prepare.locate(config)[0].path for config in configs]
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     paths.append(prepare.locate(configs[0])[0].path)
+    written.write_text("{{ messages[0] }}")
+    paths.append(prepare.locate(configs[-2])[0].path)
     assert len(set(paths)) == len(paths)
 
 
 def test_the_folder_does_not_follow_what_shapes_nothing(model, data):
     one, _ = prepare.locate(config_of(model, data))
     other, _ = prepare.locate(config_of(model, {**data, "num_proc": 1}, num_workers=3, learning_rate=1e-3, max_steps=5))
+    allowed, _ = prepare.locate(config_of(model, data, bad_rows_limit=1.0, lint={"duplicates": "off"}))
+    assert one == allowed
     assert one == other
 
 
@@ -224,7 +289,7 @@ def test_a_mistyped_template_is_refused_before_anything_is_made(model, data, tmp
     config = config_of(model, {**data, "input_template": "{qq}"}, data_dir=str(tmp_path / "prepared"))
     prepared, _ = prepare.locate(config)
     with pytest.raises(ConfigError, match=r"Did you mean q\?"):
-        prepare.open_source(config, prepared)
+        prepare.open_job(config, prepared)
     assert list((tmp_path / "prepared").glob("*")) == []
     assert list((tmp_path / "prepared").glob(".*")) == []
 
@@ -233,11 +298,13 @@ def test_an_empty_validation_split_is_refused_before_anything_is_made(model, dat
     config = config_of(model, {**data, "train_split_ratio": 0.999}, data_dir=str(tmp_path / "prepared"))
     prepared, _ = prepare.locate(config)
     with pytest.raises(UserError, match="leave the validation split empty"):
-        prepare.open_source(config, prepared)
+        prepare.open_job(config, prepared)
 
 
 def test_the_source_opens_as_the_rows_of_the_file(model, data, tmp_path):
     config = config_of(model, data, data_dir=str(tmp_path / "prepared"))
-    rows = prepare.open_source(config, prepare.locate(config)[0])
-    assert list(rows) == ROWS
-    assert source.assign_splits(len(rows), config.hf_dataset_config, config.seed).tolist().count(0) == 18
+    job = prepare.open_job(config, prepare.locate(config)[0])
+    assert list(job.sources[0]) == ROWS
+    assert job.formats == ("template",)
+    assert job.splits.tolist().count(0) == 18
+    assert not (tmp_path / "prepared").exists()

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from manta import SFTDataset, load_and_prepare_datasets
-from manta.config import HFDatasetConfig
+from manta.dataset_config import HFDatasetConfig
 from manta.data.tokenize import IGNORE
-from manta.errors import ConfigError
+from manta.errors import ConfigError, UserError
 from tiny import EOS, tiny_tokenizer
 
 ROWS = [{"q": f"What is {number}?", "a": f"The sum is {number}."} for number in range(20)]
@@ -80,7 +80,10 @@ def test_the_rows_are_divided_and_none_is_lost(config, tmp_path, tokenizer):
     assert sorted(found) == sorted((f"Question: {row['q']}\n", row["a"] + EOS) for row in ROWS)
 
 
-def test_nothing_but_the_splits_and_their_manifest_is_left(config, tmp_path, tokenizer):
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_nothing_but_the_splits_and_their_manifest_is_left(config, tmp_path, tokenizer, name):
+    (tmp_path / "rows.csv").write_text("q,a\n" + "What?,That.\n" * 20)
+    config = changed(config, dataset_name=str(tmp_path / name))
     load_and_prepare_datasets(config, tmp_path / "data", tokenizer, 64, rank=0)
     (folder,) = (tmp_path / "data").iterdir()
     assert {path.name for path in folder.iterdir()} == {
@@ -142,6 +145,14 @@ def test_rows_without_output_are_left_out(config, tmp_path, tokenizer):
     config = changed(config, train_split_ratio=1.0)
     training, _ = load_and_prepare_datasets(config, tmp_path / "data", tokenizer, 64, rank=0)
     assert len(training) == len(ROWS)
+
+
+def test_a_row_that_cannot_be_used_is_named_with_its_line(config, tmp_path, tokenizer):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('\n{"q": "cut off\n')
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"rows\.jsonl, line 22 cannot be used: not JSON"):
+            load_and_prepare_datasets(config, tmp_path / "data", tokenizer, 64, rank=0)
 
 
 def test_a_mistyped_template_leaves_no_finished_folder(config, tmp_path, tokenizer):

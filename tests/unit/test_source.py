@@ -1,3 +1,4 @@
+import gzip
 import json
 from datetime import date
 
@@ -7,9 +8,11 @@ from datasets import Dataset, DatasetDict
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from manta.config import HFDatasetConfig
-from manta.data import source
+from manta import manifest
+from manta.data import formats, source
+from manta.data.lines import SHARD_ROWS, BadRow
 from manta.data.source import SPLITS
+from manta.dataset_config import HFDatasetConfig
 from manta.errors import ConfigError, UserError
 
 ROWS = [
@@ -65,16 +68,29 @@ def opened(tmp_path):
     """Open what is at a path, with a cache of its own."""
 
     def open_path(path, **settings):
-        return source.open_rows(HFDatasetConfig(dataset_name=str(path), **settings), tmp_path / "cache")
+        return source.open_source(HFDatasetConfig(dataset_name=str(path), **settings), tmp_path / "cache")
 
     return open_path
+
+
+@pytest.fixture
+def having(tmp_path, opened):
+    """Open a file whose rows have these columns."""
+
+    def open_columns(columns, **settings):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "x")) + "\n")
+        return opened(tmp_path / "rows.jsonl", **settings)
+
+    return open_columns
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_of_every_kind_of_source_are_read(tmp_path, opened, name):
     KINDS[name](tmp_path / name)
-    rendered = [source.render(HFDatasetConfig(), row, "sft") for row in opened(tmp_path / name)]
-    assert rendered == [source.render(HFDatasetConfig(), row, "sft") for row in ROWS]
+    found = opened(tmp_path / name)
+    assert list(found) == ROWS
+    assert found.columns == ("instruction", "input", "output")
+    assert len(found) == len(ROWS)
 
 
 def test_the_named_split_of_a_saved_dataset_is_read(tmp_path, opened):
@@ -88,7 +104,7 @@ def test_the_named_split_of_a_folder_is_read(tmp_path, opened):
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "folder" / "train.jsonl")
     (tmp_path / "folder" / "test.jsonl").write_text('{"output": "only"}\n')
-    assert opened(tmp_path / "folder", split="test")["output"] == ["only"]
+    assert list(opened(tmp_path / "folder", split="test")) == [{"output": "only"}]
     with pytest.raises(UserError, match="Unknown split"):
         opened(tmp_path / "folder", split="dev")
 
@@ -123,7 +139,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path, opened):
         ("rows.jsonl", "\n\n"),
         ("rows.csv", ""),
         ("rows.csv", "instruction,output\n"),
-        ("rows.parquet", ""),
     ],
 )
 def test_an_empty_file_is_a_message(tmp_path, opened, name, content):
@@ -134,7 +149,7 @@ def test_an_empty_file_is_a_message(tmp_path, opened, name, content):
 
 def test_an_empty_folder_is_a_message(tmp_path, opened):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="folder holds no rows"):
+    with pytest.raises(UserError, match=r"folder cannot be read: .*doesn't contain any data files"):
         opened(tmp_path / "folder")
 
 
@@ -147,18 +162,96 @@ def test_a_saved_dataset_without_rows_is_a_message(tmp_path, opened):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("empty_rows.json", b'[{"a": 1}, {"a": ]'),
-        ("rows.jsonl", b'{"a": "x"}\n{"a": \n'),
+        ("rows.json", b'[{"a": 1}, {"a": ]'),
+        ("rows.jsonl", b'{"a": \n'),
         ("rows.jsonl", b"\xff\xfe\x00\x01"),
         ("rows.csv", b'a,b\n"1,2\n3'),
         ("rows.csv", "a\né\n".encode("latin-1")),
         ("rows.parquet", b"PAR1 and nothing more"),
+        ("rows.parquet", b""),
     ],
 )
 def test_a_broken_file_is_named_with_the_reason(tmp_path, opened, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} cannot be read: \S"):
+    with pytest.raises(UserError, match=rf"{name} cannot be read(: \S| as a JSON array: after 1 elements, \S)"):
         opened(tmp_path / name)
+
+
+def test_a_broken_row_costs_that_row_and_is_found_again(tmp_path, opened):
+    (tmp_path / "rows.jsonl").write_text('{"a": "x"}\n{"a": \n\n{"a": "y"}\n')
+    rows = list(opened(tmp_path / "rows.jsonl"))
+    assert [row for row in rows if not isinstance(row, BadRow)] == [{"a": "x"}, None, {"a": "y"}]
+    assert str(rows[1]).startswith("not JSON")
+    assert opened(tmp_path / "rows.jsonl").rows.where(3) == f"{tmp_path / 'rows.jsonl'}, line 4"
+
+
+def test_a_row_is_found_again_in_the_file_of_a_folder_that_holds_it(tmp_path, opened):
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "a.jsonl")
+    write_csv(tmp_path / "folder" / "b.csv")
+    rows = opened(tmp_path / "folder").rows
+    assert [rows.where(number).removeprefix(f"{tmp_path}/folder/") for number in (0, 2, 3, 5)] == [
+        "a.jsonl, line 1",
+        "a.jsonl, line 3",
+        "b.csv, row 1",
+        "b.csv, row 3",
+    ]
+
+
+def test_shards_divide_the_rows_of_all_files_in_order(tmp_path, opened):
+    (tmp_path / "folder").mkdir()
+    for name, first, count in (("a", 0, SHARD_ROWS + 3), ("b", SHARD_ROWS + 3, 5)):
+        rows = [{"n": number} for number in range(first, first + count)]
+        (tmp_path / "folder" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = opened(tmp_path / "folder")
+    assert list(found.rows.shards) == [SHARD_ROWS, 3, 5]
+    assert [row["n"] for row in found] == list(range(SHARD_ROWS + 8))
+
+
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, opened):
+    for name in ("rows.json", "rows.jsonl", "rows.csv"):
+        KINDS[name](tmp_path / name)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert list(opened(tmp_path / f"{name}.gz")) == ROWS
+
+
+def test_a_file_behind_a_url_is_read_as_one_here(tmp_path, opened):
+    write_csv(tmp_path / "rows.csv")
+    url = (tmp_path / "rows.csv").as_uri()
+    assert list(opened(url)) == ROWS
+    before = source.identity(HFDatasetConfig(dataset_name=url))
+    assert source.identity(HFDatasetConfig(dataset_name=url)) == before
+    (tmp_path / "rows.csv").write_text("output\nother\n")
+    assert source.identity(HFDatasetConfig(dataset_name=url)) != before
+
+
+@pytest.mark.parametrize("url", ["file:///nowhere/rows.jsonl", "nosuch://bucket/rows.jsonl"])
+def test_a_url_that_leads_nowhere_is_a_message(opened, url):
+    for attempt in (opened, lambda url: source.identity(HFDatasetConfig(dataset_name=url))):
+        with pytest.raises(UserError, match=rf"{url}.*--hfdc_dataset_name"):
+            attempt(url)
+
+
+def test_the_datasets_of_a_mixture_are_numbered_one_after_the_other(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    write_csv(tmp_path / "b.csv")
+    names = [{"dataset_name": str(tmp_path / name)} for name in ("a.jsonl", "b.csv", "a.jsonl")]
+    sources = source.open_sources(HFDatasetConfig(mixture=names), tmp_path / "cache")
+    assert [(each.first_row, each.first_shard) for each in sources] == [(0, 0), (3, 1), (6, 2)]
+    assert [list(each) for each in sources] == [ROWS] * 3
+
+
+def test_columns_are_those_of_the_first_rows_together(tmp_path, opened):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\nnot a row\n{"b": 2, "a": 1}\n')
+    found = opened(tmp_path / "rows.jsonl")
+    assert found.columns == ("a", "b")
+    assert found.examples == ({"a": 1}, {"b": 2, "a": 1})
+
+
+def test_nulls_that_parquet_puts_into_nested_values_are_gone(tmp_path, opened):
+    rows = [{"calls": [{"x": 1}]}, {"calls": [{"y": 2}]}, {"calls": None}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert list(opened(tmp_path / "rows.parquet")) == rows
 
 
 @pytest.mark.parametrize("text", ["007", "1.10", "None", "NA", "null", "nan", "true", "2024-05-01", " x "])
@@ -168,14 +261,13 @@ def test_text_of_a_csv_stays_as_it_is_written(tmp_path, opened, text):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"instruction,output\nq,{text}\n")
     for path in (tmp_path / "rows.csv", tmp_path / "folder"):
-        data = HFDatasetConfig(dataset_name=str(path), input_template="{instruction}")
-        assert source.render(data, opened(path)[0], "sft") == ("q", text)
+        assert list(opened(path)) == [{"instruction": "q", "output": text}]
 
 
 def test_an_empty_cell_of_a_csv_is_empty_text(tmp_path, opened):
     (tmp_path / "rows.csv").write_text("n,output\n1,x\n,y\n")
     data = HFDatasetConfig(input_template="{n}")
-    assert [source.render(data, row, "sft") for row in opened(tmp_path / "rows.csv")] == [("1", "x"), ("", "y")]
+    assert [formats.render(data, row, "sft") for row in opened(tmp_path / "rows.csv")] == [("1", "x"), ("", "y")]
 
 
 @pytest.mark.parametrize("text", ["2024-05-01", "2024-05-01 10:00:00", "2024-05-01T10:00:00Z", "12:30:00", "007"])
@@ -185,7 +277,9 @@ def test_text_that_looks_like_a_date_stays_as_it_is_written(tmp_path, opened, te
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for name in ("rows.jsonl", "rows.json"):
-        assert source.render(data, opened(tmp_path / name)[0], "sft") == (json.dumps([text]), text)
+        found = list(opened(tmp_path / name))
+        assert found == rows
+        assert formats.render(data, found[0], "sft") == (json.dumps([text]), text)
 
 
 def test_nothing_and_nested_values_become_text(tmp_path, opened):
@@ -195,55 +289,57 @@ def test_nothing_and_nested_values_become_text(tmp_path, opened):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = HFDatasetConfig(input_template="{none}|{list}|{dict}", output_template="{number} {yes}")
-    first, second = (source.render(data, row, "sft") for row in opened(tmp_path / "rows.jsonl"))
+    first, second = (formats.render(data, row, "sft") for row in opened(tmp_path / "rows.jsonl"))
     assert first == ('|[1, 2]|{"ä": "x", "y": null}', "1.5 True")
     assert second == ('some|[]|{"ä": "z", "y": 3}', "2.0 False")
 
 
 def test_dates_inside_nested_values_become_text():
     data = HFDatasetConfig(input_template="", output_template="{when}")
-    assert source.render(data, {"when": {"day": date(2024, 5, 1)}}, "sft")[1] == '{"day": "2024-05-01"}'
+    assert formats.render(data, {"when": {"day": date(2024, 5, 1)}}, "sft")[1] == '{"day": "2024-05-01"}'
 
 
 def test_templates_are_filled_and_values_are_not_templates():
     data = HFDatasetConfig(input_template="{{{q}}} {q}: ", output_template="{a}")
     row = {"q": "{a} {nothing}", "a": "%s {q} \\n"}
-    assert source.render(data, row, "sft") == ("{{a} {nothing}} {a} {nothing}: ", "%s {q} \\n")
+    assert formats.render(data, row, "sft") == ("{{a} {nothing}} {a} {nothing}: ", "%s {q} \\n")
 
 
 def test_continual_pretraining_has_no_input():
-    assert source.render(HFDatasetConfig(), {"output": "text"}, "cpt") == ("", "text")
+    assert formats.render(HFDatasetConfig(), {"output": "text"}, "cpt") == ("", "text")
 
 
-def test_a_mapped_field_takes_its_column():
-    data = HFDatasetConfig(field_mapping={"input": "context", "instruction": "question", "output": "answer"})
+def test_a_mapped_field_takes_its_column(having):
+    mapping = {"input": "context", "instruction": "question", "output": "answer"}
+    data = HFDatasetConfig(field_mapping=mapping)
     row = {"question": "Q", "context": "C", "answer": "A", "input": "not this"}
-    assert source.render(data, row, "sft") == ("### Instruction:\nQ\n### Input:\nC\n### Response:\n", "A")
-    source.check_columns(data, list(row), "sft")
+    assert formats.render(data, row, "sft") == ("### Instruction:\nQ\n### Input:\nC\n### Response:\n", "A")
+    formats.check_templates(having(row, field_mapping=mapping), "sft")
 
 
-def test_a_template_of_a_missing_field_names_the_nearest_column():
-    data = HFDatasetConfig(input_template="{qestion}", output_template="{answer}")
+def test_a_template_of_a_missing_field_names_the_nearest_column(having):
+    found = having(["question", "answer"], input_template="{qestion}", output_template="{answer}")
     with pytest.raises(ConfigError, match=r"input_template asks for \{qestion\}.*Did you mean question\?"):
-        source.check_columns(data, ["question", "answer"], "sft")
+        formats.check_templates(found, "sft")
 
 
-def test_a_mapping_to_a_missing_column_names_the_nearest():
-    data = HFDatasetConfig(input_template="{q}", output_template="{a}", field_mapping={"a": "answr"})
+def test_a_mapping_to_a_missing_column_names_the_nearest(having):
+    found = having(["q", "answer"], input_template="{q}", output_template="{a}", field_mapping={"a": "answr"})
     with pytest.raises(ConfigError, match=r"output_template asks for \{a\}.*Did you mean answer\?"):
-        source.check_columns(data, ["q", "answer"], "sft")
+        formats.check_templates(found, "sft")
 
 
-def test_a_field_like_no_column_points_to_the_mapping():
-    data = HFDatasetConfig(input_template="{zzz}", output_template="{a}")
+def test_a_field_like_no_column_points_to_the_mapping(having):
+    found = having(["a", "b"], input_template="{zzz}", output_template="{a}")
     with pytest.raises(ConfigError, match=r"columns \['a', 'b'\].*--hfdc_field_mapping"):
-        source.check_columns(data, ["a", "b"], "sft")
+        formats.check_templates(found, "sft")
 
 
-def test_continual_pretraining_does_not_ask_for_the_inputs_fields():
-    source.check_columns(HFDatasetConfig(output_template="{text}"), ["text"], "cpt")
+def test_continual_pretraining_does_not_ask_for_the_inputs_fields(having):
+    found = having(["text"], output_template="{text}")
+    formats.check_templates(found, "cpt")
     with pytest.raises(ConfigError, match="instruction"):
-        source.check_columns(HFDatasetConfig(output_template="{text}"), ["text"], "sft")
+        formats.check_templates(found, "sft")
 
 
 def counts(splits):
@@ -369,6 +465,6 @@ def test_a_plain_name_means_the_hub(tmp_path, monkeypatch):
 
 def test_the_fingerprint_follows_every_part_and_not_their_order():
     parts = {"data": {"a": "1", "b": "2"}, "seed": 1}
-    assert source.fingerprint(parts) == source.fingerprint({"seed": 1, "data": {"b": "2", "a": "1"}})
-    assert source.fingerprint(parts) != source.fingerprint({**parts, "seed": 2})
-    assert len(source.fingerprint(parts)) == 16
+    assert manifest.fingerprint(parts) == manifest.fingerprint({"seed": 1, "data": {"b": "2", "a": "1"}})
+    assert manifest.fingerprint(parts) != manifest.fingerprint({**parts, "seed": 2})
+    assert len(manifest.fingerprint(parts)) == 16

@@ -105,9 +105,11 @@ def test_a_word_that_goes_on_across_the_boundary_is_divided():
     assert decode("plain", divide(sample)[1]) == "ital" + EOS
 
 
-def test_trimmed_offsets_are_noticed():
-    assert encoder("trims offsets").trims_offsets
-    assert not encoder("plain").trims_offsets
+def test_spans_hold_the_spaces_of_their_tokens_whatever_the_tokenizer_trims():
+    prompt = "Answer: the"
+    for kind in ("plain", "trims offsets"):
+        spans = encoder(kind).backend.encode(prompt).offsets
+        assert "".join(prompt[start:end] for start, end in spans) == prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)

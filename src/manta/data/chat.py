@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 # Some templates write today's date. Prepared data must not depend on the day, so it is the one Llama 3.1 falls back to.
 TODAY = datetime(2024, 7, 26)
 
-_MARKER = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_MARKER = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _THINKING = re.compile(r"</?think>")
 
 
@@ -48,7 +49,7 @@ class ChatTemplate:
     def published(self) -> str:
         """What the tuned model's tokenizer carries: served as here unless a client sets the variables itself."""
         defaults = "".join(
-            f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif -%}}"
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
             for name, value in self.variables.items()
         )
         return defaults + self.served
@@ -91,9 +92,10 @@ class ChatTemplate:
 
     def lost(self, talk: Conversation, rendered: Rendered) -> str | None:
         """Something of the trained turns, or of the tools, that the template left out; None if all is there."""
+        shown = " ".join(piece for piece, trained in rendered.pieces() if not trained)  # a call is no definition
         for tool in talk.tools or ():
             name = tool["function"].get("name")
-            if isinstance(name, str) and name not in rendered.text:
+            if isinstance(name, str) and name not in shown:
                 return f"the tool {name}"
         text = " ".join(rendered.text[start:end] for start, end in rendered.trained)
         for turn in talk.trained:
@@ -134,16 +136,18 @@ class ChatTemplate:
         return Rendered(text, tuple(trained), chat=True)
 
     @cached_property
-    def _writes_arguments_as_text(self) -> bool:
-        """Whether the template joins tool arguments as text, and fails on anything else (DeepSeek V3)."""
+    def _with_arguments_as_text(self) -> frozenset[str]:
+        """Which of the two templates join tool arguments as text, and fail on anything else (DeepSeek V3's own)."""
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"x": 1}}}
         called = {"role": "assistant", "content": "", "tool_calls": [call]}
         asked: list[Message] = [{"role": "user", "content": "?"}, called]
-        try:
-            self._render(self.marked or self.served, asked, None)
-        except Exception:
-            return True
-        return False
+        failed = set()
+        for template in filter(None, (self.served, self.marked)):
+            try:
+                self._render(template, asked, None)
+            except Exception:
+                failed.add(template)
+        return frozenset(failed)
 
     def _write(
         self,
@@ -153,7 +157,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         marks: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
-        if any("tool_calls" in message for message in messages) and self._writes_arguments_as_text:
+        if any("tool_calls" in message for message in messages) and template in self._with_arguments_as_text:
             messages = [_with_text_arguments(message) for message in messages]
         try:
             return self._render(template, messages, tools, add_generation_prompt, marks)
@@ -198,11 +202,11 @@ def load_chat_template(
                 "The data holds conversations, but the tokenizer has no chat template. Give --chat_template a Jinja "
                 f"file or one of: {', '.join(families())}."
             )
-        served, marked, name = own, *_training_variant(tokenizer, own)
+        served, marked, name = without_markers(own), *_training_variant(own)
     elif Path(wanted).is_file():
         text = Path(wanted).read_text(encoding="utf-8")
         served, name = without_markers(text), f"file {wanted}"
-        marked = text if _MARKER.search(text) else None
+        marked = text if _has_markers(text) else None
     elif wanted in families():
         folder = _trl_templates()
         served = (folder / f"{wanted}.jinja").read_text(encoding="utf-8")
@@ -218,8 +222,12 @@ def load_chat_template(
 
 def without_markers(template: str) -> str:
     """A template that engines which know no `{% generation %}` can read, and that renders the same."""
-    # A marker with a dash trims the space beside it, as an empty comment does.
-    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1\2#}", template).replace("{#-#}", "{#--#}")
+
+    def plain(found: re.Match[str]) -> str:
+        # A marker in a comment is only talked about. Any other trims the space beside its dash, as a comment does.
+        return _MARKER.sub("", found[0]) if found[0].startswith("{#") else _MARKER.sub(r"{#\1 \2#}", found[0])
+
+    return re.sub(f"{_COMMENT.pattern}|{_MARKER.pattern}", plain, template, flags=re.DOTALL)
 
 
 def families() -> list[str]:
@@ -242,8 +250,12 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return own.get("default") if isinstance(own, dict) else own
 
 
-def _training_variant(tokenizer: PreTrainedTokenizerBase, own: str) -> tuple[str | None, str]:
-    if _MARKER.search(own):
+def _has_markers(template: str) -> bool:
+    return _MARKER.search(_COMMENT.sub("", template)) is not None
+
+
+def _training_variant(own: str) -> tuple[str | None, str]:
+    if _has_markers(own):
         return own, "the tokenizer's own, which marks what is generated"
     folder = _trl_templates()
     for family in families():
@@ -260,10 +272,6 @@ def _check_syntax(template: ChatTemplate) -> None:
             _compile(text)
         except TemplateSyntaxError as error:
             raise ConfigError(f"The chat template ({template.name}) is not valid Jinja: {error}.") from error
-
-
-def _literal(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
 
 
 def _compile(template: str) -> Any:

@@ -24,6 +24,7 @@ MAX_ROW_BYTES = 64 << 20
 
 _BLOCK = 16 << 20
 _BOM = b"\xef\xbb\xbf"
+_LINES, _ROWS = ".lines", ".rows"  # of a copy: the lines of a compressed file, or rows that had no line each
 _BAD = "__not_a_row__"  # key of a line that stands for a row which could not be written out
 
 
@@ -61,48 +62,56 @@ class Lines:
     def where(self, row: int) -> str:
         part = self.parts[bisect_right(self.parts, row, key=lambda shard: shard.first) - 1]
         first = next(shard.first for shard in self.parts if shard.file == part.file)
-        return f"{self.names[part.file]}, line {row - first + 1}"
+        # What is no file of lines itself was written out row by row: its lines are others.
+        unit = "row" if self.files[part.file].suffix == _ROWS else "line"
+        return f"{self.names[part.file]}, {unit} {row - first + 1}"
 
 
-def open_files(files: Sequence[Path], cache_dir: Path) -> Lines:
-    """Text files as lines; what has none is written to `cache_dir`. Raises UserError on a file that is broken whole."""
+def open_files(files: Sequence[Path], cache_dir: Path, names: Mapping[Path, str]) -> Lines:
+    """Text files as lines; what has none is written to `cache_dir`. `names` are those of files that are copies.
+
+    Raises UserError on a file that is broken whole.
+    """
     plain: list[Path] = []
     parts: list[Shard] = []
     rows = 0
     for number, file in enumerate(files):
-        plain.append(_as_lines(file, cache_dir / f"{number:05d}.jsonl"))
+        plain.append(_as_lines(file, cache_dir / f"{number:05d}"))
         for offset, count in _divide(plain[-1]):
             parts.append(Shard(number, offset, rows, count))
             rows += count
-    return Lines(tuple(plain), tuple(str(file) for file in files), tuple(parts))
+    return Lines(tuple(plain), tuple(names.get(file, str(file)) for file in files), tuple(parts))
 
 
 def remote_identity(url: str, kinds: Sequence[str]) -> dict[str, str]:
     """Name → the storage's own tag (ETag, checksum, or size and time) of each file that a URL means."""
-    filesystem, files = _remote(url, kinds)
+    filesystem, _, files = _remote(url, kinds)
     try:
-        return {file: str(filesystem.ukey(file)) for file in files}
+        return {file: _tag(filesystem, file) for file in files}
     except Exception as error:
         raise _cannot_fetch(url, error) from error
 
 
-def download(url: str, kinds: Sequence[str], folder: Path) -> list[Path]:
-    """Copy the files that a URL means into `folder`, as streams. Raises UserError if that fails."""
-    filesystem, files = _remote(url, kinds)
+def download(url: str, kinds: Sequence[str], folder: Path) -> dict[Path, str]:
+    """Copy the files that a URL means into `folder`, as streams: copy → URL. Raises UserError if that fails."""
+    filesystem, root, files = _remote(url, kinds)
     folder.mkdir(parents=True, exist_ok=True)
-    copies = []
+    copies = {}
     for number, file in enumerate(files):
-        copy = folder / f"{number:05d}-{Path(file.split('?')[0]).name}"
+        # Flat, with the names of folders below the URL, which may tell the split.
+        name = file.split("?")[0].removeprefix(root).strip("/").replace("/", "-")
+        copy = folder / f"{number:05d}-{name}"
         try:
             with filesystem.open(file, "rb") as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
         except Exception as error:
             raise _cannot_fetch(url, error) from error
-        copies.append(copy)
+        copies[copy] = filesystem.unstrip_protocol(file)
     return copies
 
 
-def _remote(url: str, kinds: Sequence[str]) -> tuple[Any, list[str]]:
+def _remote(url: str, kinds: Sequence[str]) -> tuple[Any, str, list[str]]:
+    """(file system, folder of the files, files) that a URL means. Raises UserError if there is none."""
     import fsspec
 
     try:
@@ -119,7 +128,15 @@ def _remote(url: str, kinds: Sequence[str]) -> tuple[Any, list[str]]:
     )
     if not files:
         raise UserError(f"There is nothing to read at {url}. Check --hfdc_dataset_name.")
-    return filesystem, files
+    return filesystem, path if is_folder else path.split("?")[0].rpartition("/")[0], files
+
+
+def _tag(filesystem: Any, file: str) -> str:
+    """What changes with the file. Of a web server, what it says: fsspec takes files there for unchanging."""
+    if not file.startswith(("http://", "https://")):
+        return str(filesystem.ukey(file))
+    about = filesystem.info(file)
+    return json.dumps([about.get(name) for name in ("ETag", "Content-MD5", "Digest", "Last-Modified", "size")])
 
 
 def _cannot_fetch(url: str, error: Exception) -> UserError:
@@ -199,6 +216,7 @@ def _as_lines(file: Path, target: Path) -> Path:
             _check_lines(file)
         if write is _plain_lines and name == file.name:
             return file
+        target = target.with_suffix(_LINES if write is _plain_lines else _ROWS)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as lines:
             for row in write(file):

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +30,9 @@ from manta.config import Config
 from manta.data import formats, lint, packing, shards, source, tokenize
 from manta.data.chat import load_chat_template
 from manta.data.packing import Packs
-from manta.data.shards import EXAMPLES, TOKENIZED, Job
+from manta.data.shards import TOKENIZED, Job
 from manta.data.source import SPLITS
+from manta.data.totals import Total
 from manta.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ class Prepared:
 
         parts = sorted((self.path / "tokenized" / split).glob("part-*.arrow"))
         return concatenate_datasets([Dataset.from_file(str(part)) for part in parts])
+
+    def lengths(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, source row) of each sample of a split, without reading the tokens."""
+        import pyarrow.compute as pc
+
+        tables = list(self.tokenized(split).with_format("arrow").iter(1 << 16))
+        lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]
+        return np.concatenate(lengths).astype(np.int64), np.concatenate([table["row"].to_numpy() for table in tables])
 
     def chat_template(self) -> str | None:
         """What the tuned model is served with, if it was tuned on conversations."""
@@ -166,7 +174,7 @@ def _make(
 ) -> None:
     for folder in ("done", "digests", *(f"tokenized/{split}" for split in TOKENIZED)):
         (job.staging / folder).mkdir(parents=True, exist_ok=True)
-    total = _Total()
+    total = Total()
     for summary in (_shards_here if here else _shards_on_ray)(config, job):
         total.add(summary)
         if total.bad > config.bad_rows_limit * job.rows:
@@ -182,6 +190,7 @@ def _make(
     if job.template:
         manifest.write_text(job.staging / CHAT_TEMPLATE, job.template.published)
     about = {
+        "model": config.hf_model_id,
         "chat_template": job.template.name if job.template else None,
         "sources": [
             {"name": each.config.dataset_name, "format": found, "columns": each.columns, "first_row": each.first_row}
@@ -238,57 +247,7 @@ def _shards_on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
         yield result
 
 
-class _Total:
-    """The sum of the shards' summaries; the same whatever order they come in."""
-
-    def __init__(self) -> None:
-        self.rows = self.bad = 0
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, list[int]] = {}
-        self.details: dict[str, tuple[int, str]] = {}
-        self.first_bad: list[dict[str, Any]] = []
-
-    def add(self, summary: dict[str, Any]) -> None:
-        self.rows += summary["rows"]
-        self.bad += summary["bad"]
-        self.counts.update(summary["counts"])
-        self.first_bad = sorted([*self.first_bad, *summary["first_bad"]], key=lambda bad: bad["row"])[:EXAMPLES]
-        for what, rows in summary["first"].items():
-            self.first[what] = sorted([*self.first.get(what, []), *rows])[:EXAMPLES]
-            if what in summary["details"]:
-                detail = (rows[0], summary["details"][what])
-                self.details[what] = min(self.details.get(what, detail), detail)
-
-    def counts_of_splits(self, config: Config) -> dict[str, Any]:
-        """Figures of each split and what was noted. Raises UserError if nothing is left of a split that is needed."""
-        noted = {
-            what: {
-                "rows": self.counts[what],
-                "first": rows,
-                **({"detail": self.details[what][1]} if what in self.details else {}),
-            }
-            for what, rows in self.first.items()
-        }
-        for split in TOKENIZED if config.evaluates else TOKENIZED[:1]:
-            if not self.counts[f"{split}_samples"]:
-                reasons = [f"{reason}: {about['rows']}" for reason, about in noted.items()]
-                reasons += [f"row {bad['row']}: {bad['reason']}" for bad in self.first_bad[:3]]
-                raise UserError(
-                    f"No {split} sample can be trained on ({', '.join(reasons) or 'no row was left'}). Raise "
-                    f"--max_seq_length (now {config.max_seq_length}) or check the templates."
-                )
-        figures = {
-            split: {
-                what: self.counts[f"{split}_{what}"]
-                for what in ("rows", "samples", "tokens", "trained_tokens")
-                if what == "rows" or split in TOKENIZED
-            }
-            for split in SPLITS
-        }
-        return {**figures, "noted": noted, "serving_checked": self.counts["serving_checked"]}
-
-
-def _too_many_bad(config: Config, job: Job, total: _Total) -> str:
+def _too_many_bad(config: Config, job: Job, total: Total) -> str:
     """The message, which points to all bad rows so far: they are kept beside the prepared data."""
     kept = job.staging.parent / f"quarantine-{job.staging.name.removeprefix('.staging-')}.jsonl"
     _join(job.staging, QUARANTINE)
@@ -303,10 +262,9 @@ def _too_many_bad(config: Config, job: Job, total: _Total) -> str:
 def _arrange(config: Config, prepared: Prepared, job: Job) -> dict[str, Any]:
     """Write which samples share a sequence, if not each has its own; returns `sequences` and `fill`."""
     weights = [part.weight for part in config.hf_dataset_config.parts()]
-    samples = prepared.tokenized("training").with_format("arrow")
     if not config.packing and set(weights) == {1.0}:
-        return {"sequences": len(samples)}
-    lengths, rows = _columns(samples)
+        return {"sequences": len(prepared.tokenized("training"))}
+    lengths, rows = prepared.lengths("training")
     firsts = [each.first_row for each in job.sources]
     part_of = np.searchsorted(firsts, rows, side="right") - 1
     epoch = packing.repeated(np.array(weights)[part_of], config.seed)
@@ -316,15 +274,6 @@ def _arrange(config: Config, prepared: Prepared, job: Job) -> dict[str, Any]:
     packs.save(prepared.path / PACKS)
     figures: dict[str, Any] = {"sequences": len(packs)}
     return figures | ({"fill": round(packing.fill(packs, lengths, config.max_seq_length), 4)} if config.packing else {})
-
-
-def _columns(samples: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, source row) of each sample, without reading the tokens."""
-    import pyarrow.compute as pc
-
-    lengths = [pc.list_value_length(table["input_ids"]).to_numpy() for table in samples.iter(65536)]
-    rows = [table["row"].to_numpy() for table in samples.iter(65536)]
-    return np.concatenate(lengths).astype(np.int64), np.concatenate(rows)
 
 
 def _digests(staging: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -119,9 +120,7 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
             _write_arrow(job.staging / "tokenized" / split / f"part-{name}.arrow", samples)
             findings.counts[f"{split}_samples"] += len(samples)
             findings.counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
-            findings.counts[f"{split}_trained_tokens"] += sum(
-                label != tokenize.IGNORE for _, sample in samples for label in sample.labels
-            )
+            findings.counts[f"{split}_trained_tokens"] += sum(sample.trained for _, sample in samples)
     parts = sorted(path for path in job.staging.rglob(f"*part-{name}*") if not _is_unfinished(path))
     summary = {
         "files": {str(path.relative_to(job.staging)): _size(path) for path in parts},
@@ -138,7 +137,9 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _encoder(model_id: str, trust_remote_code: bool) -> tokenize.Encoder:
-    return tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
+    encoder = tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
+    gc.freeze()  # what is loaded by now stays; looking through it took a third of the time
+    return encoder
 
 
 @lru_cache(maxsize=1)

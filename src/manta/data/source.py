@@ -191,24 +191,27 @@ def without_nulls(value: Any) -> Any:
 def _open(config: HFDatasetConfig, cache_dir: Path) -> Rows:
     name = config.dataset_name
     if "://" in name:
-        return _open_files(lines.download(name, _KINDS, cache_dir / "downloaded"), cache_dir)
+        copies = lines.download(name, _KINDS, cache_dir / "downloaded")
+        is_file = _kind(name.split("?")[0]) is not None
+        files = list(copies) if is_file else _files_of_split(cache_dir / "downloaded", config.split)
+        return _open_files(files, cache_dir, copies)
     path = local_path(config)
     if path is None:
         return Table(_load_from_hub(config), name)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return Table(_load_saved(path, config.split), str(path))
-    return _open_files([path] if path.is_file() else _files_of_split(path, config.split), cache_dir)
+    return _open_files([path] if path.is_file() else _files_of_split(path, config.split), cache_dir, {})
 
 
-def _open_files(files: Sequence[Path], cache_dir: Path) -> Rows:
+def _open_files(files: Sequence[Path], cache_dir: Path, names: Mapping[Path, str]) -> Rows:
     kinds = {_kind(file.name) for file in files}
     if ".parquet" not in kinds:
-        return lines.open_files(files, cache_dir)
+        return lines.open_files(files, cache_dir, names)
     if kinds != {".parquet"}:
         raise UserError(f"{files[0].parent} mixes Parquet with other files. Give them one by one, as a mixture.")
     datasets = _datasets()
     loaded = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", cache_dir=cache_dir)
-    return Table(loaded, str(files[0] if len(files) == 1 else files[0].parent))
+    return Table(loaded, names.get(files[0], str(files[0])) if len(files) == 1 else str(files[0].parent))
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,9 +39,14 @@ class Sample:
     truncated: bool = False
 
     @property
+    def trained(self) -> int:
+        """Tokens that have a label."""
+        return len(self.labels) - self.labels.count(IGNORE)
+
+    @property
     def trains(self) -> bool:
         # The model predicts position i from positions < i: a label at position 0 is never a target.
-        return any(label != IGNORE for label in self.labels[1:])
+        return self.trained > (self.labels[:1] != [IGNORE])
 
 
 def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -120,12 +126,10 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         # The Rust tokenizer itself: it gives spans one by one, without a list of all of them.
         self.backend: Tokenizer | None = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        self.trims_offsets = False
         if self.backend is not None:
+            self.backend = _with_whole_spans(self.backend)
             self.backend.no_truncation()  # lengths are `fit`'s affair, and some tokenizers come with a limit
             self.backend.no_padding()
-            # Some tokenizers (Llama 3) trim a token's spaces from its span, which hides one that spans the boundary.
-            self.trims_offsets = any(start == 2 for start, _ in self.backend.encode("a b").offsets)
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
         """Prompts, which are masked, and answers, which are trained."""
@@ -162,7 +166,7 @@ class Encoder:
         return ids
 
     def _divide(self, text: Rendered, ids: list[int], encoding: Encoding) -> list[tuple[list[int], bool]] | None:
-        """Pieces of a text tokenized whole, or None if a token spans an edge between them, or may do so unseen."""
+        """Pieces of a text tokenized whole, or None if a token spans an edge between them."""
 
         def end(index: int) -> int:
             span = encoding.token_to_chars(index)
@@ -173,11 +177,8 @@ class Encoder:
         for number, edge in enumerate(edge for span in text.trained for edge in span):
             # Ends never fall, so the first token that reaches past the edge is found by bisection.
             last = bisect_right(range(len(ids)), edge, lo=first, key=end) if edge < len(text.text) else len(ids)
-            if last < len(ids):
-                if self.trims_offsets and (text.text[edge - 1 : edge].isspace() or text.text[edge].isspace()):
-                    return None
-                if (encoding.token_to_chars(last) or (edge,))[0] < edge:
-                    return None
+            if last < len(ids) and (encoding.token_to_chars(last) or (edge,))[0] < edge:
+                return None
             pieces.append((ids[first:last], number % 2 == 1))
             first = last
         return [*pieces, (ids[first:], False)]
@@ -211,6 +212,15 @@ class Encoder:
             ids.append(self.eos)
             labels.append(self.eos)
         return Sample(ids, labels, merged_boundary)
+
+
+def _with_whole_spans(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer, with spans that hold a token's spaces: some (Llama 3) trim them, which hides a boundary."""
+    from tokenizers import Tokenizer
+
+    text = backend.to_str()
+    whole = re.sub(r'("trim_offsets":\s*)true', r"\1false", text)
+    return backend if whole == text else Tokenizer.from_str(whole)
 
 
 def fit(sample: Sample, max_length: int, policy: OverlongPolicy, split: bool = False) -> list[Sample]:

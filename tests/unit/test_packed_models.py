@@ -1,0 +1,237 @@
+"""A packed sequence is computed as its documents alone, by the models that Manta lets through; others it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconMambaConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from manta import model
+from manta.config import Config
+from manta.data.batches import MASKED, Rows, collate
+from manta.data.packing import Packs, pack
+from manta.data.tokenize import IGNORE
+from manta.errors import UserError
+
+VOCABULARY, CAPACITY, WINDOW = 96, 48, 6
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,  # of the default size, attention hardly shows in the loss
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=False),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=False
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
+    ),
+}
+CASES = [*((name, "sdpa") for name in MODELS), ("qwen3", "eager"), ("gemma3", "eager"), ("gpt2", "eager")]
+
+
+def made(config: Any, attention: str = "sdpa") -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    network.config.use_cache = False
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[dict[str, Any]]:
+    """Documents of 2 … CAPACITY tokens, trained from a place in the first half, the first token always a label too."""
+    drawn = np.random.default_rng(0)
+    lengths = [*drawn.integers(2, 30, 14).tolist(), 2, CAPACITY, CAPACITY - 5]
+    found = []
+    for row, length in enumerate(lengths):
+        ids = drawn.integers(1, VOCABULARY, length)
+        labels = np.where(np.arange(length) < drawn.integers(0, length // 2 + 1), IGNORE, ids)
+        labels[0] = ids[0]
+        found.append({"input_ids": ids, "labels": labels, "row": row})
+    return found
+
+
+@pytest.fixture(scope="module")
+def packs(samples: list[dict[str, Any]]) -> Packs:
+    lengths = np.array([len(sample["input_ids"]) for sample in samples])
+    found = pack(lengths, np.arange(len(samples)), CAPACITY)
+    assert max(len(found[index]) for index in range(len(found))) >= 3
+    return found
+
+
+def batch_of(rows: Rows) -> dict[str, torch.Tensor]:
+    """All packs, and a fully masked row, in one batch: rows of several lengths, so that there is padding."""
+    batch = collate([rows[index] for index in (*range(len(rows)), MASKED)], pad_token_id=0, packed=True)
+    assert len({len(rows[index]["input_ids"]) for index in range(len(rows))}) > 1
+    return batch
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each target, float64: what is compared is the model, not the sum. Shape (batch, length - 1)."""
+    each = cross_entropy(
+        logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return each.view(labels.shape[0], -1)
+
+
+def packed_losses(network: Any, rows: Rows, hand_positions: bool = True) -> dict[int, float]:
+    """Sample → summed loss of its tokens, as it stands in its pack."""
+    batch = batch_of(rows)
+    positions = batch["position_ids"]
+    given = {"position_ids": positions} if hand_positions else {}
+    with torch.no_grad():
+        losses = loss_of(network(input_ids=batch["input_ids"], **given).logits, batch["labels"])
+    documents = ((positions == 0).cumsum(1) - 1)[:, 1:]
+    found = {
+        sample: float(losses[row][documents[row] == number].sum())
+        for row in range(len(rows))
+        for number, sample in enumerate(rows.members(row))
+    }
+    assert sum(found.values()) == pytest.approx(float(losses.sum()), rel=1e-12)  # padding adds nothing
+    return found
+
+
+def losses_alone(network: Any, samples: list[dict[str, Any]]) -> dict[int, float]:
+    with torch.no_grad():
+        return {
+            number: float(
+                loss_of(
+                    network(input_ids=torch.as_tensor(sample["input_ids"])[None]).logits,
+                    torch.as_tensor(sample["labels"])[None],
+                ).sum()
+            )
+            for number, sample in enumerate(samples)
+        }
+
+
+def gap(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[sample] - theirs[sample]) for sample in ours)
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_a_packed_document_has_the_loss_it_has_alone(name, attention, samples, packs):
+    network, rows = made(MODELS[name](), attention), Rows(samples, packs)
+    alone = losses_alone(network, samples)
+    assert gap(packed_losses(network, rows), alone) <= 1e-5
+    assert gap(packed_losses(network, rows, hand_positions=False), alone) > 0.1  # what a leak would look like
+
+
+def test_the_window_of_gemmas_local_layers_matters_here(samples):
+    """Else the test above would say nothing of local layers."""
+    narrow = made(MODELS["gemma3"]())
+    config = MODELS["gemma3"]()
+    config.sliding_window = CAPACITY
+    assert gap(losses_alone(narrow, samples), losses_alone(made(config), samples)) > 0.1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_packed_gradients_are_those_of_the_documents_alone(name, samples, packs):
+    """Of the loss as the training loop has it: the sum over a step's tokens, by their number."""
+    network, rows = made(MODELS[name]()), Rows(samples, packs)
+    batch = batch_of(rows)
+    tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
+    assert tokens == sum(int((sample["labels"][1:] != IGNORE).sum()) for sample in samples)
+
+    given = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
+    packed = network(**given, num_items_in_batch=tokens).loss
+    packed.backward()
+    ours = {key: parameter.grad.clone() for key, parameter in network.named_parameters()}
+    network.zero_grad()
+    total = 0.0
+    for sample in samples:
+        ids, labels = (torch.as_tensor(sample[key])[None] for key in ("input_ids", "labels"))
+        loss = network(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss
+        loss.backward()
+        total += float(loss.detach())
+    theirs = {key: parameter.grad for key, parameter in network.named_parameters()}
+    assert float(packed.detach()) == pytest.approx(total, abs=1e-5)
+    assert max(float(gradient.abs().max()) for gradient in theirs.values()) > 0.01
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-5
+
+
+# --- The check that each worker makes before it trains on packed sequences
+
+
+def config_of(attention: str = "sdpa", **settings: Any) -> Config:
+    return Config(hf_model_id="a-model", packing=True, device="cpu", attn_implementation=attention, **settings)
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_models_that_keep_documents_apart_pass(name, attention):
+    network = made(MODELS[name](), attention).train()
+    before = {key: parameter.clone() for key, parameter in network.named_parameters()}
+    model.assert_documents_apart(network, config_of(attention))
+    assert network.training
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(before[key], parameter) for key, parameter in network.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
+    ],
+    ids=["bloom", "mamba"],
+)
+def test_models_that_know_no_positions_are_refused(config):
+    with pytest.raises(UserError, match=r"a-model .*Leave out --packing"):
+        model.assert_documents_apart(made(config, "eager"), config_of("eager"))
+
+
+def test_packs_seen_as_one_text_are_refused():
+    """As by any attention implementation that makes its mask without a look at the positions."""
+    AttentionInterface.register("blind", sdpa_attention_forward)
+    AttentionMaskInterface.register("blind", lambda **about: None)  # sdpa's own causal mask is left
+    for name in ("qwen3", "gpt2"):
+        with pytest.raises(UserError, match="a packed document sees the one before it"):
+            model.assert_documents_apart(made(MODELS[name](), "blind"), config_of("blind"))
+
+
+def test_an_attention_that_tells_documents_apart_in_one_row_only_is_refused_for_batches_of_several():
+    """As transformers' flash attention does, which looks for documents only where the batch is one row."""
+
+    def mask(batch_size: int, **about: Any) -> torch.Tensor | None:
+        return sdpa_mask(batch_size=batch_size, **about) if batch_size == 1 else None
+
+    AttentionInterface.register("one_row", sdpa_attention_forward)
+    AttentionMaskInterface.register("one_row", mask)
+    network = made(MODELS["qwen3"](), "one_row")
+    model.assert_documents_apart(network, config_of("one_row", per_device_train_batch_size=1))
+    with pytest.raises(UserError, match="--per_device_train_batch_size 1"):
+        model.assert_documents_apart(network, config_of("one_row", per_device_train_batch_size=2))
