@@ -141,7 +141,7 @@ def test_a_file_that_goes_away_is_one_error_and_leaves_nothing(model, served, ur
     write(served / "rows.jsonl", ROWS)
     prepared, _ = prepare.locate(config)
     (served / "rows.jsonl").unlink()
-    with pytest.raises(UserError, match="rows.jsonl"):
+    with pytest.raises(UserError, match=r"rows\.jsonl"):
         prepare.open_job(config, prepared)
     assert left_in(tmp_path / "prepared") == []
 

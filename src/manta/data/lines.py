@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import re
 import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -25,6 +27,7 @@ MAX_ROW_BYTES = 64 << 20
 _BLOCK = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 _LINES, _ROWS = ".lines", ".rows"  # of a copy: the lines of a compressed file, or rows that had no line each
+_SPACE = re.compile(r"[ \t\n\r]*")
 _BAD = "__not_a_row__"  # key of a line that stands for a row which could not be written out
 
 
@@ -220,10 +223,20 @@ def _as_lines(file: Path, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as lines:
             for row in write(file):
-                lines.write(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n")
+                lines.write(row if isinstance(row, bytes) else _as_line(row))
         return target
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file} cannot be read: it is cut off or damaged ({error}). Get it again.") from error
+
+
+def _as_line(row: Any) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        bad = {_BAD: "not valid UTF-8, or half of a surrogate pair"}
+    except RecursionError:
+        bad = {_BAD: "nested too deeply"}
+    return json.dumps(bad).encode() + b"\n"
 
 
 def _opened(file: Path) -> Any:
@@ -240,7 +253,7 @@ def _csv_rows(file: Path) -> Iterator[Any]:
     """Rows of a CSV file as they are written: every value is text. A row of another width stands as bad."""
     csv.field_size_limit(MAX_ROW_BYTES)
     with _opened(file) as stream:
-        # What is not UTF-8 becomes half surrogates, which the reader of the lines finds in their row.
+        # What is not UTF-8 becomes half surrogates, which are found when their row is written.
         text = (line.decode("utf-8", "surrogateescape") for line in stream)
         reader = csv.reader((line.removeprefix("\ufeff") for line in text), strict=True)
         try:
@@ -259,21 +272,57 @@ def _csv_rows(file: Path) -> Iterator[Any]:
 
 
 def _array_rows(file: Path) -> Iterator[Any]:
-    """Elements of a JSON array, as a stream."""
-    import ijson
+    """Elements of a JSON array, as a stream: each is read as it would be on a line of its own."""
+    decoder = json.JSONDecoder()
+    elements = at = 0
+    with _opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as source:
+        text = source.read(1 << 20).lstrip()[1:]
+        separator = more = ","
+        while separator == ",":
+            start = _skip_space(text, at)
+            if elements == 0 and text[start : start + 1] == "]":
+                at, separator = start + 1, "]"
+                break
+            try:
+                row, end = decoder.raw_decode(text, start)
+                end = _skip_space(text, end)
+                separator = text[end]
+                if separator not in ",]":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+            except (ValueError, IndexError, RecursionError) as error:
+                if not more or len(text) - at > MAX_ROW_BYTES:
+                    raise _broken_array(file, elements, text, error, bool(more)) from error
+                more = source.read(max(1 << 20, len(text) - at))  # at least twice as much: no element is read often
+                text, at, separator = text[at:] + more, 0, ","
+                continue
+            elements += 1
+            at = end + 1
+            yield row
+        text = text[at:]
+        while text:
+            if text.strip():
+                raise _broken_array(file, elements, "", ValueError(f"{text.strip()[:20]!r} follows its end"), False)
+            text = source.read(1 << 20)
 
-    elements = 0
-    with _opened(file) as stream:
-        try:
-            for row in ijson.items(stream, "item", use_float=True):
-                elements += 1
-                yield row
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split()) or "it is cut off"
-            raise UserError(
-                f"{file} cannot be read as a JSON array: after {elements} elements, {reason}. It must hold one array "
-                "of objects, or one object per line."
-            ) from error
+
+def _skip_space(text: str, at: int) -> int:
+    return cast(re.Match[str], _SPACE.match(text, at)).end()
+
+
+def _broken_array(file: Path, elements: int, text: str, error: Exception, is_too_long: bool) -> UserError:
+    if is_too_long:
+        reason = f"an element is broken or longer than {MAX_ROW_BYTES >> 20} MiB"
+    elif isinstance(error, RecursionError):
+        reason = "one is nested too deeply"
+    elif isinstance(error, json.JSONDecodeError):
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        reason = "it is cut off" if is_cut else f"{error.msg} at {text[error.pos :][:20]!r}"
+    else:
+        reason = "it is cut off" if isinstance(error, IndexError) else str(error)
+    return UserError(
+        f"{file} cannot be read as a JSON array: after {elements:,} element{'s' * (elements != 1)}, {reason}. It must "
+        "hold one array of objects, or one object per line."
+    )
 
 
 def _check_encoding(file: Path, start: bytes) -> None:
