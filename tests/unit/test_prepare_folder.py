@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -212,10 +213,8 @@ def test_one_that_waits_and_one_that_comes_later_do_not_work_at_once(folder, tmp
         met.append(third_works.wait(0.5))
 
     def work(on_rows: Any) -> None:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             prepared_here(config, on_rows=on_rows)
-        except KeyboardInterrupt:
-            pass
 
     def start(on_rows: Any) -> None:
         threads.append(threading.Thread(target=work, args=(on_rows,)))

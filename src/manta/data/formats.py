@@ -59,8 +59,9 @@ def detect(source: Source, objective: Objective) -> Format:
             f"{config.dataset_name} holds plain text, of which every token is trained: --objective cpt. To train on "
             "answers only, say what is prompt and what is answer: --hfdc_input_template, --hfdc_output_template."
         )
-    if objective == "cpt" and found in ("messages", "conversations", "prompt_completion"):
-        raise ConfigError(f"The format {found} is trained on with --objective sft; cpt takes text or a template.")
+    if objective == "cpt" and (source.config.chat or found in ("messages", "conversations", "prompt_completion")):
+        what = "chat" if source.config.chat else f"The format {found}"
+        raise ConfigError(f"{what} is trained on with --objective sft; cpt takes text or a template.")
     _check_columns(source, found, objective)
     return found
 
@@ -68,8 +69,8 @@ def detect(source: Source, objective: Objective) -> Format:
 def is_chat(found: Format, source: Source) -> bool:
     """Whether rows of this format go through the chat template."""
     if found == "prompt_completion":
-        return source.config.chat or isinstance(source.examples[0].get("prompt"), list)
-    return source.config.chat or found in ("messages", "conversations")
+        return source.config.chat or any(map(_both_messages, source.examples))
+    return found in ("messages", "conversations") or (source.config.chat and found != "text")
 
 
 def reader(found: Format, config: HFDatasetConfig, objective: Objective) -> Callable[[Row], Pair | Conversation]:
@@ -176,18 +177,23 @@ def _check_columns(source: Source, found: Format, objective: Objective) -> None:
 
 
 def _prompt_completion(row: Row, config: HFDatasetConfig) -> Pair | Conversation:
-    prompt, completion = (_messages_or_text(row.get(name)) for name in ("prompt", "completion"))
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return conversation([*prompt, *completion], row, config.train_on, lambda index: index >= len(prompt))
+    both = _both_messages(row)
+    if both:
+        return conversation([*both[0], *both[1]], row, config.train_on, lambda index: index >= len(both[0]))
+    prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise BadRow("prompt and completion must be two texts or two lists of messages")
     return _two_turns(prompt, completion) if config.chat else Pair(prompt, completion)
 
 
-def _messages_or_text(value: Any) -> Any:
-    parsed = _from_json(value)
-    is_messages = isinstance(parsed, list) and all(isinstance(each, Mapping) for each in parsed)
-    return parsed if is_messages else value
+def _both_messages(row: Row) -> tuple[list[Any], list[Any]] | None:
+    """Prompt and completion where both are messages, or text that holds them; any other JSON is text as it stands."""
+    prompt, completion = (_from_json(row.get(name)) for name in ("prompt", "completion"))
+    if not (prompt and isinstance(prompt, list) and completion and isinstance(completion, list)):
+        return None
+    is_text = isinstance(row["prompt"], str) or isinstance(row["completion"], str)
+    have_roles = all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in prompt + completion)
+    return (prompt, completion) if have_roles or not is_text else None
 
 
 def _two_turns(prompt: str, answer: str) -> Conversation:
@@ -255,6 +261,8 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("tools is not a list of objects")
+    if not all(isinstance(tool.get("function", tool), Mapping) for tool in tools):
+        raise BadRow("the function of a tool is not an object")
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -282,7 +290,12 @@ def _fill(template: str, config: HFDatasetConfig, row: Row) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
+    if not isinstance(value, dict | list):
+        return str(value)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError as error:
+        raise BadRow("nested too deeply") from error
 
 
 def _short(value: Any) -> str:

@@ -119,6 +119,7 @@ def _remote(url: str, kinds: Sequence[str]) -> tuple[Any, str, list[str]]:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem.invalidate_cache()  # listings are kept for the life of a process
         is_folder = not any(path.split("?")[0].removesuffix(".gz").endswith(kind) for kind in kinds)
         found = filesystem.find(path) if is_folder else [path] if filesystem.exists(path) else []
     except ImportError as error:

@@ -282,7 +282,9 @@ def _digests(staging: Path) -> np.ndarray:
 
 def _join(staging: Path, name: str) -> None:
     with (staging / name).open("wb") as joined:
-        for part in sorted(staging.glob(f"{name}.part-*[0-9]")):
+        for part in sorted(staging.glob(f"{name}.part-*")):
+            if ".writing-" in part.name:  # left by a task that was killed
+                continue
             with part.open("rb") as file:
                 shutil.copyfileobj(file, joined)
             part.unlink()
@@ -292,12 +294,20 @@ def _join(staging: Path, name: str) -> None:
 def _alone(prepared: Prepared) -> Iterator[None]:
     """Hold the lock of this folder, which the system gives back when the process ends, however it ends."""
     path = prepared.path.with_name(f".lock-{prepared.path.name}")
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                is_there = path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:  # the holder before us removed the file, and others lock a new one
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _cache(prepared: Prepared) -> Path:

@@ -152,6 +152,7 @@ def _renderer(
 ) -> Callable[[int, Any], _Text | None]:
     """Row number and row → text, or None for a row that is left out and counted. Raises BadRow."""
     read = formats.reader(found, source.config, config.objective)
+    is_chat = formats.is_chat(found, source)
     checked = 0
 
     def render(number: int, row: Any) -> _Text | None:
@@ -162,6 +163,8 @@ def _renderer(
         if meaning is None:
             findings.note("blank_line", number)
             return None
+        if isinstance(meaning, Conversation) != is_chat:
+            raise BadRow(f"it holds {'text' if is_chat else 'messages'}, unlike the first rows")
         if isinstance(meaning, Conversation):
             checked += 1
             assert template is not None
