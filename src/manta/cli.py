@@ -64,7 +64,9 @@ class SectionedCommand(click.Command):
 def option(name: str, field: FieldInfo) -> click.Option:
     """The flag of a config field. Values stay text: the config parses and checks them, and names what is wrong."""
     default = field.get_default(call_default_factory=True)
-    shown = f"  [{default!r}]" if isinstance(default, str) else f"  [{default}]" if default not in (None, {}) else ""
+    shown = f"  [{default!r}]" if isinstance(default, str) else ""
+    if isinstance(default, bool | int | float):
+        shown = f"  [{default}]"
     if isinstance(default, bool):  # both `--full_ft` and `--full_ft False`
         return click.Option(
             [f"--{name}"], is_flag=False, flag_value="true", metavar="[BOOL]", help=f"{field.description}{shown}"
@@ -146,7 +148,14 @@ def _prepare(**flags: Any) -> None:
     click.echo(prepare_only(config))
 
 
-def _inspect(prepared: str | None, samples: int, rows: str | None, split: str, html: str | None, **flags: Any) -> None:
+def _row_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    try:
+        return [int(row) for row in value.split(",")] if value else []
+    except ValueError as error:
+        raise click.BadParameter("write source rows as 3,17") from error
+
+
+def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, html: str | None, **flags: Any) -> None:
     """Look at data before it costs anything: figures, what looks wrong, and samples with what is trained marked.
 
     Takes the settings of `manta train` and prepares first, or a prepared folder.
@@ -159,9 +168,8 @@ def _inspect(prepared: str | None, samples: int, rows: str | None, split: str, h
     from manta.train import prepared_by
 
     folder = Prepared(Path(prepared).absolute()) if prepared else prepared_by(config)
-    chosen = [int(row) for row in rows.split(",")] if rows else []
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
-    found = inspection.inspect(folder, config, wanted, chosen, split)
+    found = inspection.inspect(folder, config, wanted, rows, split)
     inspection.show(found, Console(highlight=False), samples)
     if html:
         inspection.write_html(found, Path(html))
@@ -171,7 +179,9 @@ def _inspect(prepared: str | None, samples: int, rows: str | None, split: str, h
 INSPECT_OPTIONS: list[click.Parameter] = [
     click.Option(["--prepared"], metavar="FOLDER", help="A prepared folder, instead of settings"),
     click.Option(["--samples"], type=click.IntRange(0), default=3, help="Samples to show  [3]"),
-    click.Option(["--rows"], metavar="N,N", help="Show the samples of these source rows instead"),
+    click.Option(
+        ["--rows"], metavar="N,N", callback=_row_numbers, help="Show the samples of these source rows instead"
+    ),
     click.Option(["--split"], type=click.Choice(["training", "validation"]), default="training", help="  [training]"),
     click.Option(["--html"], metavar="FILE", help="Write a page, too, with at least 50 samples"),
 ]

@@ -32,7 +32,7 @@ def parse_json(value: Any) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f'is not JSON ({error}); write it as \'{{"input": "context"}}\'') from error
+        raise ValueError(f"is not JSON ({error}); put it in single quotes, with double quotes within") from error
 
 
 class HFDatasetConfig(BaseModel):

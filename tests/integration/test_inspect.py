@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from browser import browser, needs_browser, open_file
 from manta import inspection
+from manta.cli import main
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
@@ -142,3 +144,21 @@ def test_the_page_in_a_browser(folder, tmp_path):
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
         assert driver.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches")
         assert driver.get_log("browser") == []
+
+
+def test_a_prepared_folder_is_looked_at_by_source_row(folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"q": "{number}?", "a": "{number}."}}\n' for number in range(20)), encoding="utf-8")
+    data = {"dataset_name": path, "input_template": "{q}\n", "output_template": "{a}", "train_split_ratio": 1.0}
+    prepared, _ = prepared_here(folder, data, eval_steps=0)
+    path.unlink()
+    look = ["inspect", "--prepared", str(prepared.path), "--rows"]
+    done = CliRunner().invoke(main, [*look, "3,17"])
+    assert done.exit_code == 0, done.output
+    assert f"3?⏎\n⟦3.{EOS}⟧" in done.output and f"17?⏎\n⟦17.{EOS}⟧" in done.output and "⟦4." not in done.output
+    missing = CliRunner().invoke(main, [*look, "99"])
+    assert missing.exit_code == 2 and "Rows [99] have no sample in the training split" in missing.output
+    other = CliRunner().invoke(main, ["inspect", "--prepared", str(tmp_path)])
+    assert other.exit_code == 2 and "is not prepared data" in other.output
+    letters = CliRunner().invoke(main, [*look, "a"])
+    assert letters.exit_code == 2 and "--rows" in letters.output

@@ -357,8 +357,8 @@ def test_a_field_mapping_may_be_json():
     assert with_data(field_mapping='{"input": "context"}').hf_dataset_config.field_mapping == {"input": "context"}
 
 
-def test_a_field_mapping_that_is_not_json_shows_how_to_write_it():
-    with pytest.raises(ConfigError, match=r"""field_mapping: is not JSON .*'\{"input": "context"\}'"""):
+def test_a_field_mapping_that_is_not_json_says_how_to_write_it():
+    with pytest.raises(ConfigError, match="field_mapping: is not JSON .*single quotes, with double quotes within"):
         with_data(field_mapping="input=context")
 
 

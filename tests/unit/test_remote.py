@@ -185,9 +185,9 @@ def test_the_split_of_a_folder_in_storage_is_told_by_names_as_here(model, tmp_pa
         }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed: s3:// would be asked")
-def test_a_storage_without_its_package_says_what_to_install(model, tmp_path):
-    with pytest.raises(UserError, match=r"s3://bucket/rows.jsonl needs s3fs .*pip install s3fs"):
-        prepare.locate(config_of(model, "s3://bucket/rows.jsonl", tmp_path))
-    with pytest.raises(UserError, match="needs the package it names"):
-        prepare.locate(config_of(model, "adl://bucket/rows.jsonl", tmp_path))
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs")])
+def test_a_storage_without_its_package_says_what_to_install(model, tmp_path, scheme, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed: {scheme}:// would be asked")
+    with pytest.raises(UserError, match=rf"^{scheme}://bucket/rows.jsonl needs .*{package}"):
+        prepare.locate(config_of(model, f"{scheme}://bucket/rows.jsonl", tmp_path))

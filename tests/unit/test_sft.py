@@ -3,8 +3,8 @@ import json
 import pytest
 
 from manta import SFTDataset, load_and_prepare_datasets
-from manta.dataset_config import HFDatasetConfig
 from manta.data.tokenize import IGNORE
+from manta.dataset_config import HFDatasetConfig
 from manta.errors import ConfigError, UserError
 from tiny import EOS, tiny_tokenizer
 

@@ -173,7 +173,7 @@ def test_a_saved_dataset_without_rows_is_a_message(tmp_path, opened):
 )
 def test_a_broken_file_is_named_with_the_reason(tmp_path, opened, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} cannot be read(: \S| as a JSON array: after 1 elements, \S)"):
+    with pytest.raises(UserError, match=rf"{name} cannot be read(: \S| as a JSON array: after 1 element, \S)"):
         opened(tmp_path / name)
 
 
@@ -206,6 +206,27 @@ def test_shards_divide_the_rows_of_all_files_in_order(tmp_path, opened):
     found = opened(tmp_path / "folder")
     assert list(found.rows.shards) == [SHARD_ROWS, 3, 5]
     assert [row["n"] for row in found] == list(range(SHARD_ROWS + 8))
+
+
+def test_an_array_is_read_whole_wherever_a_read_of_the_file_ends(tmp_path, opened):
+    rows = [{"a": 'é\\"\n}', "b": -12.5e3}, 1234, {"c": {"d": [True, None]}}]
+    rest = "  ,\n" + " , ".join(json.dumps(row) for row in rows) + "\n ]\n "
+    for place in range(len(rest) + 1):
+        filler = {"a": "x" * ((1 << 20) - place - len('[{"a": ""}'))}
+        (tmp_path / "rows.json").write_text("[" + json.dumps(filler) + rest)
+        first, *others = opened(tmp_path / "rows.json")
+        assert first == filler
+        assert [others[0], str(others[1]), others[2]] == [
+            rows[0],
+            "a number or a truth value where an object is expected",
+            rows[2],
+        ]
+
+
+def test_elements_larger_than_one_read_of_the_file_are_read_whole(tmp_path, opened):
+    rows = [{"a": letter * size} for letter, size in (("é", 3 << 20), ("x", 1 << 20), ("🙂", 1 << 20), ("y", 1))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert list(opened(tmp_path / "rows.json")) == rows
 
 
 def test_compressed_files_are_read_as_what_they_hold(tmp_path, opened):

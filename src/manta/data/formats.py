@@ -208,12 +208,14 @@ def _message(message: Row, index: int) -> Message:
         raise BadRow(f"message {index + 1} has the unknown role {_short(said)}")
     content = _content(message.get("content", message.get("value")), index)
     clean: Message = {"role": role, "content": content}
-    calls = message.get("tool_calls")
-    if said == "function_call":
+    calls = _from_json(message.get("tool_calls"))
+    if said == "function_call":  # as ShareGPT writes it
         calls, clean["content"] = [_from_json(content)], ""
+    elif not calls and message.get("function_call"):  # as OpenAI wrote it before tool_calls
+        calls = [_from_json(message["function_call"])]
     if calls:
-        clean["tool_calls"] = [_tool_call(call, index) for call in _as_list(_from_json(calls), index)]
-    elif role != "system" and not content.strip():
+        clean["tool_calls"] = [_tool_call(call, index) for call in _as_list(calls, index)]
+    elif role in ("user", "assistant") and not content.strip():
         raise BadRow(f"message {index + 1} ({role}) has no content")
     for name in REASONING:  # transformers gives a template each of these names
         if isinstance(message.get(name), str) and message[name].strip():

@@ -22,7 +22,7 @@ from manta.errors import UserError
 # Where shards end depends on the files alone, never on the number of CPUs: results are the same everywhere.
 SHARD_ROWS = 4096
 SHARD_BYTES = 32 << 20  # bounds a task's memory where rows are long
-MAX_ROW_BYTES = 64 << 20
+MAX_ROW_BYTES = 16 << 20  # a row is tokenized whole, which can take two hundred times its size
 
 _BLOCK = 16 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -178,7 +178,8 @@ def _parse(line: bytes | BadRow) -> Mapping[str, Any] | BadRow | None:
     except ValueError as error:  # a number of thousands of digits
         return BadRow(f"not JSON: {error}")
     if not isinstance(row, dict):
-        return BadRow(f"a JSON {type(row).__name__} where an object is expected")
+        kind = {list: "an array", str: "a text", type(None): "null"}.get(type(row), "a number or a truth value")
+        return BadRow(f"{kind} where an object is expected")
     return BadRow(row[_BAD]) if _BAD in row else row
 
 
@@ -310,16 +311,16 @@ def _skip_space(text: str, at: int) -> int:
     return cast(re.Match[str], _SPACE.match(text, at)).end()
 
 
-def _broken_array(file: Path, elements: int, text: str, error: Exception, is_too_long: bool) -> UserError:
-    if is_too_long:
-        reason = f"an element is broken or longer than {MAX_ROW_BYTES >> 20} MiB"
-    elif isinstance(error, RecursionError):
+def _broken_array(file: Path, elements: int, text: str, error: Exception, goes_on: bool) -> UserError:
+    reason = str(error)
+    if isinstance(error, RecursionError):
         reason = "one is nested too deeply"
     elif isinstance(error, json.JSONDecodeError):
-        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        reason = "it is cut off" if is_cut else f"{error.msg} at {text[error.pos :][:20]!r}"
-    else:
-        reason = "it is cut off" if isinstance(error, IndexError) else str(error)
+        reason = f"{error.msg.removesuffix(' at')} at {text[error.pos :][:20]!r}"
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            error = IndexError()
+    if isinstance(error, IndexError):
+        reason = f"one has no end in {MAX_ROW_BYTES >> 20} MiB" if goes_on else "it is cut off"
     return UserError(
         f"{file} cannot be read as a JSON array: after {elements:,} element{'s' * (elements != 1)}, {reason}. It must "
         "hold one array of objects, or one object per line."

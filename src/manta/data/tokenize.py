@@ -189,8 +189,9 @@ class Encoder:
         for text, pieces in zip(texts, divided, strict=True):
             if not text.chat and (not pieces or pieces[0][1]):
                 pieces.insert(0, ("", False))  # where the tokenizer's own special tokens stand
-        plain = iter(self._ids([piece for pieces in divided for piece, _ in pieces], special=False))
-        apart = [[(next(plain), trained) for _, trained in pieces] for pieces in divided]
+        first = iter(self._ids([pieces[0][0] for pieces in divided], special=False))
+        later = iter(self._ids_within([piece for pieces in divided for piece, _ in pieces[1:]]))
+        apart = [[(next(later if i else first), each[1]) for i, each in enumerate(pieces)] for pieces in divided]
         starts = [index for index, text in enumerate(texts) if not text.chat]
         for index, ids in zip(starts, self._ids([divided[i][0][0] for i in starts], special=True), strict=True):
             # An EOS that the tokenizer appended to the prompt, not the user, would end it before the answer.
@@ -198,6 +199,13 @@ class Encoder:
                 ids = ids[:-1]
             apart[index][0] = (ids, False)
         return apart
+
+    def _ids_within(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that go on after others, without the space that SentencePiece puts in front of every text."""
+        if self.backend is None or not self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"):
+            return self._ids(texts, special=False)
+        before = len(self._ids(["\0"], special=False)[0])  # no token spans this character and another
+        return [ids[before:] for ids in self._ids(["\0" + text for text in texts], special=False)]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
