@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manta.config import Config
+from manta.data.batches import Layout
 from manta.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def attention(config: Config, device: str) -> str:
         return config.attn_implementation
     installed = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if installed else "sdpa"
+
+
+def layout(config: Config, device: str) -> Layout:
+    """How samples become a batch on this device."""
+    if not config.packing:
+        return "padded"
+    return "joined" if attention(config, device).startswith("flash") else "packed"
 
 
 def check(config: Config) -> None:
@@ -143,7 +151,8 @@ def assert_documents_apart(model: Any, config: Config) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     before, document = torch.arange(1, 9), torch.arange(9, 1, -1)
-    rows = min(2, config.per_device_train_batch_size)  # flash attention looks for documents in a batch of one row only
+    several = layout(config, model.device.type) == "packed" and config.per_device_train_batch_size > 1
+    rows = 2 if several else 1
 
     def last_logits(*documents: torch.Tensor) -> torch.Tensor:
         ids = torch.cat(documents).repeat(rows, 1).to(model.device)
@@ -167,7 +176,7 @@ def assert_documents_apart(model: Any, config: Config) -> None:
         raise UserError(
             f"In {config.hf_model_id} with {config.attn_implementation} attention, a packed document sees the "
             "one before it. Leave out --packing, or choose another --attn_implementation"
-            f"{', or --per_device_train_batch_size 1' if rows > 1 else ''}."
+            f"{', or --per_device_train_batch_size 1' if several else ''}."
         )
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from manta import checkpoint, ledger
-from manta.data.batches import MASKED, EvalBatches, Rows, SampleOrder, TrainBatches, collate
+from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
 from manta.runs import Run, checkpoint_path
@@ -35,16 +35,18 @@ def reseed(*parts: int) -> None:
 
 
 class MantaTrainer(Trainer):
-    """`order` says which sequences a step takes, and `packed` whether they hold several documents; `run` is where
+    """`order` says which sequences a step takes, and `layout` how they become a batch; `run` is where
     checkpoints go; `fingerprint` goes into each manifest.
 
     Attributes set while training, for callbacks: `tokens` counts the real (not padding) tokens of this worker's
     current step.
     """
 
-    def __init__(self, *, order: SampleOrder, packed: bool, run: Run, fingerprint: str, start_step: int, **kwargs: Any):
+    def __init__(
+        self, *, order: SampleOrder, layout: Layout, run: Run, fingerprint: str, start_step: int, **kwargs: Any
+    ):
         super().__init__(**kwargs)
-        self.order, self.packed, self.run, self.fingerprint = order, packed, run, fingerprint
+        self.order, self.layout, self.run, self.fingerprint = order, layout, run, fingerprint
         self.start_step = self.saved_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
         self.tokens = 0
@@ -62,18 +64,18 @@ class MantaTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         rank, world = self.args.process_index, self.args.world_size
         batches = TrainBatches(self.order, self.start_step, self.args.max_steps, rank, world)
-        return self._loader(self.train_dataset, batches, self.packed)
+        return self._loader(self.train_dataset, batches, self.layout)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.args.process_index, self.args.world_size
         return self._loader(rows, EvalBatches(len(rows), self.args.eval_batch_size, rank, world))
 
-    def _loader(self, rows: Any, batches: Any, packed: bool = False) -> DataLoader:
+    def _loader(self, rows: Any, batches: Any, layout: Layout = "padded") -> DataLoader:
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_token_id=_PADDING, packed=packed),
+            collate_fn=partial(collate, pad_token_id=_PADDING, layout=layout),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )

@@ -116,7 +116,7 @@ def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, sta
         eval_dataset=validation,
         callbacks=callbacks,
         order=order,
-        packed=config.packing,
+        layout=model.layout(config, network.device.type),
         run=run,
         fingerprint=config.fingerprint(),
         start_step=start,

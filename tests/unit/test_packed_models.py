@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from manta import model
 from manta.config import Config
-from manta.data.batches import MASKED, Rows, collate
+from manta.data.batches import MASKED, Layout, Rows, collate
 from manta.data.packing import Packs, pack
 from manta.data.tokenize import IGNORE
 from manta.errors import UserError
@@ -93,9 +93,9 @@ def packs(samples: list[dict[str, Any]]) -> Packs:
     return found
 
 
-def batch_of(rows: Rows) -> dict[str, torch.Tensor]:
+def batch_of(rows: Rows, layout: Layout = "packed") -> dict[str, torch.Tensor]:
     """All packs, and a fully masked row, in one batch: rows of several lengths, so that there is padding."""
-    batch = collate([rows[index] for index in (*range(len(rows)), MASKED)], pad_token_id=0, packed=True)
+    batch = collate([rows[index] for index in (*range(len(rows)), MASKED)], pad_token_id=0, layout=layout)
     assert len({len(rows[index]["input_ids"]) for index in range(len(rows))}) > 1
     return batch
 
@@ -159,11 +159,13 @@ def test_the_window_of_gemmas_local_layers_matters_here(samples):
     assert gap(losses_alone(narrow, samples), losses_alone(made(config), samples)) > 0.1
 
 
+@pytest.mark.parametrize("layout", ["packed", "joined"])
 @pytest.mark.parametrize("name", ["qwen3", "mixtral"])
-def test_packed_gradients_are_those_of_the_documents_alone(name, samples, packs):
+def test_packed_gradients_are_those_of_the_documents_alone(name, layout, samples, packs):
     """Of the loss as the training loop has it: the sum over a step's tokens, by their number."""
     network, rows = made(MODELS[name]()), Rows(samples, packs)
-    batch = batch_of(rows)
+    batch = batch_of(rows, layout)
+    assert len(batch["input_ids"]) == (1 if layout == "joined" else len(rows) + 1)
     tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
     assert tokens == sum(int((sample["labels"][1:] != IGNORE).sum()) for sample in samples)
 

@@ -183,7 +183,7 @@ def test_without_packs_a_sequence_is_a_sample():
 
 def test_positions_restart_with_each_document_and_with_the_padding():
     rows = Rows(SAMPLES, PACKS)
-    batch = collate([rows[index] for index in range(3)], pad_token_id=99, packed=True)
+    batch = collate([rows[index] for index in range(3)], pad_token_id=99, layout="packed")
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 7, 99, 99, 99, 99], [8, 9, 99, 99, 99, 99, 99]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["labels"].tolist() == [
@@ -207,7 +207,7 @@ def test_unpacked_batches_have_a_mask_and_leave_positions_to_the_model():
 @pytest.mark.parametrize("packs", [None, PACKS])
 def test_the_masked_row_trains_nothing(packs):
     rows = Rows(SAMPLES, packs)
-    batch = collate([rows[MASKED]], pad_token_id=0, packed=packs is not None)
+    batch = collate([rows[MASKED]], pad_token_id=0, layout="padded" if packs is None else "packed")
     assert batch["rows"].tolist() == [MASKED]
     assert batch["input_ids"].shape == (1, 1)
     assert batch["labels"].tolist() == [[IGNORE]]

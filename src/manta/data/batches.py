@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from torch.utils.data import Dataset, Sampler
 
 from manta.data.packing import Packs
 from manta.data.tokenize import IGNORE
+
+# padded: a sample a row; packed: documents told apart by position_ids; joined: all of a micro-batch in one such row,
+# without padding, which is the only shape in which flash attention looks for documents.
+Layout = Literal["padded", "packed", "joined"]
 
 MASKED = -1  # the row that fills a micro-batch nobody owns
 
@@ -120,12 +124,15 @@ class Rows(Dataset):
         }
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, packed: bool = False) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = "padded") -> dict[str, torch.Tensor]:
     """Pad to the longest row: input_ids and labels of shape (batch, length), rows of shape (batch,).
 
-    Padding is told by attention_mask; where rows are `packed`, position_ids tell documents apart instead, and padding
-    is one more document. tokens, shape (), counts what is not padding.
+    Padding is told by attention_mask; in the other layouts position_ids tell documents apart instead, and padding is
+    one more document. tokens, shape (), counts what is not padding.
     """
+    sequences = [row["row"] for row in rows]
+    if layout == "joined":
+        rows = [_joined(rows)]
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
@@ -141,7 +148,17 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, packed: bool = Fa
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "rows": torch.tensor([row["row"] for row in rows]),
+        "rows": torch.tensor(sequences),
         "tokens": attention_mask.sum(),
-        **({"position_ids": position_ids} if packed else {"attention_mask": attention_mask}),
+        **({"attention_mask": attention_mask} if layout == "padded" else {"position_ids": position_ids}),
+    }
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of all: exact, since no document's first token is a target."""
+    firsts = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
+    return {
+        "input_ids": np.concatenate([row["input_ids"] for row in rows]),
+        "labels": np.concatenate([row["labels"] for row in rows]),
+        "starts": [first + start for first, row in zip(firsts[:-1], rows, strict=True) for start in row["starts"]],
     }

@@ -113,17 +113,9 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     _write_lines(job.staging / f"quarantine.jsonl.part-{name}", quarantine)
     _write_digests(job.staging / "digests" / f"part-{name}.npy", texts)
     for split, entries in texts.items():
-        _write_lines(job.staging / f"{split}.jsonl.part-{name}", [entry.record for entry in entries])
-        findings.counts[f"{split}_rows"] += len(entries)
-        if split in TOKENIZED and entries:
-            samples = _tokenize(config, entries, findings)
-            _write_arrow(job.staging / "tokenized" / split / f"part-{name}.arrow", samples)
-            findings.counts[f"{split}_samples"] += len(samples)
-            findings.counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
-            findings.counts[f"{split}_trained_tokens"] += sum(sample.trained for _, sample in samples)
-    parts = sorted(path for path in job.staging.rglob(f"*part-{name}*") if not _is_unfinished(path))
+        _write_split(config, job.staging, split, name, entries, findings)
     summary = {
-        "files": {str(path.relative_to(job.staging)): _size(path) for path in parts},
+        "files": _parts(job.staging, name),
         "rows": number + 1 - first,
         "counts": dict(findings.counts),
         "first": findings.rows,
@@ -133,6 +125,27 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     }
     manifest.write_json(job.staging / "done" / f"{name}.json", summary)
     return summary
+
+
+def _write_split(
+    config: Config, staging: Path, split: str, name: str, entries: list[_Text], findings: Findings
+) -> None:
+    _write_lines(staging / f"{split}.jsonl.part-{name}", [entry.record for entry in entries])
+    findings.counts[f"{split}_rows"] += len(entries)
+    if split in TOKENIZED and entries:
+        samples = _tokenize(config, entries, findings)
+        _write_arrow(staging / "tokenized" / split / f"part-{name}.arrow", samples)
+        findings.counts[f"{split}_samples"] += len(samples)
+        findings.counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
+        findings.counts[f"{split}_trained_tokens"] += sum(sample.trained for _, sample in samples)
+
+
+def _parts(staging: Path, name: str) -> dict[str, int]:
+    """Size of each file that shard `name` has."""
+    files = [f"quarantine.jsonl.part-{name}", f"digests/part-{name}.npy"]
+    files += [f"{split}.jsonl.part-{name}" for split in SPLITS]
+    files += [f"tokenized/{split}/part-{name}.arrow" for split in TOKENIZED]
+    return {file: size for file in files if (size := _size(staging / file)) is not None}
 
 
 @lru_cache(maxsize=1)
@@ -244,10 +257,6 @@ def _tokenize(config: Config, entries: list[_Text], findings: Findings) -> list[
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
-
-
-def _is_unfinished(path: Path) -> bool:
-    return ".writing-" in path.name
 
 
 @contextmanager

@@ -190,7 +190,7 @@ class Encoder:
             if not text.chat and (not pieces or pieces[0][1]):
                 pieces.insert(0, ("", False))  # where the tokenizer's own special tokens stand
         first = iter(self._ids([pieces[0][0] for pieces in divided], special=False))
-        later = iter(self._ids_within([piece for pieces in divided for piece, _ in pieces[1:]]))
+        later = iter(self._ids_within([(a[0], b[0]) for pieces in divided for a, b in pairwise(pieces)]))
         apart = [[(next(later if i else first), each[1]) for i, each in enumerate(pieces)] for pieces in divided]
         starts = [index for index, text in enumerate(texts) if not text.chat]
         for index, ids in zip(starts, self._ids([divided[i][0][0] for i in starts], special=True), strict=True):
@@ -200,12 +200,16 @@ class Encoder:
             apart[index][0] = (ids, False)
         return apart
 
-    def _ids_within(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that go on after others, without the space that SentencePiece puts in front of every text."""
+    def _ids_within(self, texts: list[tuple[str, str]]) -> list[list[int]]:
+        """For each (text before, text), the ids of the text alone, without the space that SentencePiece puts first."""
         if self.backend is None or not self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"):
-            return self._ids(texts, special=False)
-        before = len(self._ids(["\0"], special=False)[0])  # no token spans this character and another
-        return [ids[before:] for ids in self._ids(["\0" + text for text in texts], special=False)]
+            return self._ids([text for _, text in texts], special=False)
+        # Behind a token that merges with none, which is then taken away: an added one that is there, or this character.
+        added = tuple(self.tokenizer.added_tokens_encoder)
+        before = [next((token for token in added if text.endswith(token)), "\0") for text, _ in texts]
+        behind = self._ids([token + text for token, (_, text) in zip(before, texts, strict=True)], special=False)
+        taken = self._ids(before, special=False)
+        return [ids[len(token) :] for ids, token in zip(behind, taken, strict=True)]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
