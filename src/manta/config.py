@@ -149,6 +149,13 @@ class Config(BaseModel):
     def _parse(cls, value: Any) -> Any:
         return parse_json(value)
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_variables(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        if wrong := [name for name in variables if not name.isidentifier()]:
+            raise ValueError(f"names {wrong}, which no template can use")
+        return variables
+
     @field_validator("run_name")
     @classmethod
     def _check_run_name(cls, name: str | None) -> str | None:

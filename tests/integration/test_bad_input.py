@@ -34,7 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "rows.jsonl")
     tiny_model(folder / "base")
     (folder / "empty.jsonl").write_text("")
-    (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", "ans\n')
+    (folder / "broken.jsonl").write_text('{"question": "a", "answer": \n{"question": "a", "ans\n')
+    turns = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
+    (folder / "chat.jsonl").write_text(f'{{"messages": [{turns}]}}\n' * 100)
     (folder / "three.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
     cut = Path(tiny_model(folder / "cut")) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
@@ -91,9 +93,13 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["input_template", "asked", "['question', 'answer']"],
     ),
     "empty dataset": ({"hfdc_dataset_name": "empty.jsonl"}, ["empty.jsonl", "no rows", "--hfdc_dataset_name"]),
-    "broken JSON": ({"hfdc_dataset_name": "broken.jsonl"}, ["broken.jsonl"]),
+    "broken JSON": ({"hfdc_dataset_name": "broken.jsonl"}, ["broken.jsonl", "not JSON", "--hfdc_dataset_name"]),
+    "conversations without a template": (
+        {"hfdc_dataset_name": "chat.jsonl", "hfdc_format": "messages"},
+        ["no chat template", "--chat_template", "qwen3"],
+    ),
     "empty validation split": ({"hfdc_dataset_name": "three.jsonl"}, ["validation", "--hfdc_train_split_ratio"]),
-    "folder of other files": ({"hfdc_dataset_name": "base"}, ["base", "cannot be read", "--hfdc_dataset_name"]),
+    "folder of other files": ({"hfdc_dataset_name": "base"}, ["base", "cannot be read", "one array of objects"]),
     "unknown LoRA target": ({"lora_target_modules": "q_proj,qkv"}, ["lora_target_modules", "['qkv']", "v_proj"]),
     "truncated weights": ({"hf_model_id": "cut"}, ["model.safetensors", "cut off", "Download"]),
     "no weights": ({"hf_model_id": "bare"}, ["bare", "*.safetensors", "--hf_model_id"]),

@@ -358,7 +358,7 @@ def test_a_field_mapping_may_be_json():
 
 
 def test_a_field_mapping_that_is_not_json_says_how_to_write_it():
-    with pytest.raises(ConfigError, match="field_mapping: is not JSON .*single quotes, with double quotes within"):
+    with pytest.raises(ConfigError, match=r"field_mapping: is not JSON .*single quotes, with double quotes within"):
         with_data(field_mapping="input=context")
 
 

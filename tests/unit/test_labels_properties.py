@@ -32,7 +32,12 @@ GEMMA = (
     "{% else %}{{ m.content | trim + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-ENDS = {CHATML: "<|im_end|>\n", GEMMA: "<end_of_turn>\n"}
+# A special token ends what is trained, and text follows it.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m.role + ': ' + m.content + '\n' }}{% endif %}{% endfor %}"
+)
+ENDS = {CHATML: "<|im_end|>\n", GEMMA: "<end_of_turn>\n", BARE: "<|im_end|>"}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 
 # How the tokenizers of Llama 2, Mistral and Gemma put spaces: before every text, before the first, before none.
@@ -49,7 +54,10 @@ EVERY = [*PLAIN, *SENTENCE_PIECE]
 odd = st.sampled_from(
     [" ", "\n", "\t", "é", "e\u0301", "👩‍👩‍👧", "🇫🇷", "שלום", "مرحبا", "\u202e", "\u2028", "\0", "東", "a b", "\n\n"]
 )
-text = st.lists(odd | st.text(max_size=6), max_size=6).map("".join)
+parts = st.sampled_from(
+    ["the cap", "ital", "Answer:", "  Paris", "of France?\n", "\nThe sum", "The sum is ", "42.\n\n"]
+)
+text = st.lists(odd | parts | st.text(max_size=6), max_size=6).map("".join)
 LIMITS = st.integers(2, 40)
 sometimes = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -67,7 +75,7 @@ def sentence_piece(spaces):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     special = ["<unk>", EOS, PAD, BOS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(TEXT.split("\n"), trainers.BpeTrainer(vocab_size=600, special_tokens=special[:4]))
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=600, special_tokens=special[:4]))
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary |= {token: len(vocabulary) + number for number, token in enumerate(special[4:])}
@@ -128,6 +136,34 @@ def rows_of_templates(draw):
     return config, row, prompt(row), answer(row)
 
 
+def check_spaces(made, sample, prompt, answer):
+    """A space that SentencePiece puts in front is in front of the whole, and of no part of it."""
+    asked, whole = made("?")["input_ids"], made(prompt + answer)["input_ids"]
+    assert decode(made, sample.input_ids) == decode(made, whole) + EOS
+    assert decode(made, whole) in (BOS + prompt + answer, BOS + " " + prompt + answer)
+    trained = [label for label in sample.labels if label != IGNORE]
+    heard = decode(made, asked + trained).removeprefix(decode(made, asked))
+    assert heard in (answer + EOS, answer + EOS if prompt else f" {answer}{EOS}")
+
+
+@pytest.mark.parametrize("kind", SENTENCE_PIECE)
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("### Response:\n", "The sum is 42."), ("of France?\n", "\nParis"), ("Answer:", " the sum")]
+)
+def test_parts_that_are_tokenized_apart_get_no_space_in_front(kind, prompt, answer):
+    (sample,) = encoder(kind)([prompt], [answer])
+    assert sample.merged_boundary
+    check_spaces(tokenizer(kind), sample, prompt, answer)
+
+
+def test_a_tokenizer_that_drops_control_characters_loses_nothing_of_an_answer():
+    drops = [normalizers.Prepend("▁"), normalizers.Replace("\0", ""), normalizers.Replace(" ", "▁")]
+    made = sentence_piece(lambda: normalizers.Sequence(drops))
+    (sample,) = Encoder(made)(["###"], [" Instr"])
+    assert sample.merged_boundary
+    assert decode(made, [label for label in sample.labels if label != IGNORE]) == " Instr" + EOS
+
+
 @pytest.mark.parametrize("kind", EVERY)
 @sometimes
 @given(drawn=rows_of_templates().filter(lambda drawn: drawn[3].strip()), limit=LIMITS)
@@ -142,11 +178,7 @@ def test_the_trained_tokens_are_the_output_and_eos_or_a_beginning_of_it(kind, dr
     assert sample.input_ids == masked + trained
 
     if kind in SENTENCE_PIECE:
-        asked, whole = made("?")["input_ids"], made(prompt + answer)["input_ids"]
-        assert decode(made, sample.input_ids) == decode(made, whole) + EOS
-        assert decode(made, whole) in (BOS + prompt + answer, BOS + " " + prompt + answer)
-        heard = decode(made, asked + trained).removeprefix(decode(made, asked))
-        assert heard in (answer + EOS, answer + EOS if prompt else f" {answer}{EOS}")
+        check_spaces(made, sample, prompt, answer)
     else:
         assert decode(made, trained) == composed(kind, answer) + EOS
         assert decode(made, masked) == (BOS if "BOS" in kind else "") + composed(kind, prompt)
@@ -161,9 +193,9 @@ def test_the_trained_tokens_are_the_output_and_eos_or_a_beginning_of_it(kind, dr
 
 
 @pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("template", [CHATML, GEMMA], ids=["ChatML", "Gemma"])
+@pytest.mark.parametrize("template", ENDS, ids=["ChatML", "Gemma", "bare"])
 @pytest.mark.parametrize("special", [False, True], ids=["tokens of text", "special tokens"])
-@sometimes
+@settings(sometimes, max_examples=25)
 @given(contents=st.lists(text.filter(str.strip), min_size=2, max_size=6), system=st.none() | text)
 def test_the_trained_tokens_are_the_marked_turns_in_order(kind, template, special, contents, system):
     roles = ["user", "assistant"] * 3

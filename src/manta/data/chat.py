@@ -65,8 +65,8 @@ class ChatTemplate:
                 return by_turns
             if self.marked is None:
                 raise BadRow(
-                    "the chat template writes earlier turns otherwise once others follow; it can be trained on with "
-                    "--hfdc_train_on last, or with {% generation %} markers"
+                    "the chat template writes earlier text otherwise once more follows; give it {% generation %} marks"
+                    + (" or train with --hfdc_train_on last" if train_on == "all" else "")
                 )
         return self._by_markers(talk)
 
@@ -204,7 +204,10 @@ def load_chat_template(
             )
         served, marked, name = without_markers(own), *_training_variant(own)
     elif Path(wanted).is_file():
-        text = Path(wanted).read_text(encoding="utf-8")
+        try:
+            text = Path(wanted).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The chat template {wanted} cannot be read: {error}.") from error
         served, name = without_markers(text), f"file {wanted}"
         marked = text if _has_markers(text) else None
     elif wanted in families():

@@ -254,7 +254,7 @@ def _is_trained(message: Row) -> bool:
     weight = 1 if weight is None else weight
     if weight not in (0, 1):
         raise BadRow(f"a message has the weight {_short(weight)}; only 0 and 1 are known")
-    return bool(weight) and message.get("train") is not False
+    return bool(weight) and message.get("train") not in (False, 0)
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

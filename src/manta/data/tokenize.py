@@ -202,14 +202,18 @@ class Encoder:
 
     def _ids_within(self, texts: list[tuple[str, str]]) -> list[list[int]]:
         """For each (text before, text), the ids of the text alone, without the space that SentencePiece puts first."""
+        alone = self._ids([text for _, text in texts], special=False)
         if self.backend is None or not self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"):
-            return self._ids([text for _, text in texts], special=False)
+            return alone
         # Behind a token that merges with none, which is then taken away: an added one that is there, or this character.
         added = tuple(self.tokenizer.added_tokens_encoder)
         before = [next((token for token in added if text.endswith(token)), "\0") for text, _ in texts]
         behind = self._ids([token + text for token, (_, text) in zip(before, texts, strict=True)], special=False)
         taken = self._ids(before, special=False)
-        return [ids[len(token) :] for ids, token in zip(behind, taken, strict=True)]
+        return [
+            ids[len(token) :] if ids[: len(token)] == token else plain  # some tokenizers drop control characters
+            for ids, token, plain in zip(behind, taken, alone, strict=True)
+        ]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
