@@ -276,6 +276,47 @@ def demo(folder: str, num_workers: int) -> None:
     run_demo(Path(folder), num_workers)
 
 
+@main.group()
+def runs() -> None:
+    """What happened to runs, and whether their checkpoints are whole."""
+
+
+@runs.command("list")
+@click.argument("results_dir", default="results")
+def runs_list(results_dir: str) -> None:
+    """One line per run in a folder of runs."""
+    from rich.console import Console
+
+    from manta import history
+
+    history.print_runs(Path(results_dir), Console(highlight=False))
+
+
+@runs.command("show")
+@click.argument("run")
+def runs_show(run: str) -> None:
+    """Settings, attempts, notes and checkpoints of a run."""
+    from rich.console import Console
+
+    from manta import history
+    from manta.runs import open_run
+
+    history.print_run(open_run(run), Console(highlight=False))
+
+
+@runs.command("verify")
+@click.argument("run")
+def runs_verify(run: str) -> None:
+    """Compare all files of a run's checkpoints with their hashes; exit 1 if any is not as it was written."""
+    from rich.console import Console
+
+    from manta import history
+    from manta.runs import open_run
+
+    if history.verify(open_run(run), Console(highlight=False)):
+        sys.exit(1)
+
+
 def run_verb(verb: str) -> None:
     """`manta VERB` with this process's arguments: what the guide's scripts call."""
     main([verb, *sys.argv[1:]], prog_name="manta")

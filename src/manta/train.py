@@ -10,13 +10,14 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs
+from manta import __version__, cluster, manifest, runs, snapshot
 from manta.config import Config, whole_path
 from manta.data import formats, lint, prepare
 from manta.data.prepare import Prepared
 from manta.data.shards import Job
 from manta.errors import ConfigError, TrainingError, UserError
-from manta.progress import Display, Monitor, open_mailbox, say
+from manta.lease import Lease, refuse_if_held
+from manta.progress import Display, Monitor, append_json, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -55,6 +56,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     with phases("check"):
         from manta import model
 
+        refuse_if_held(run.path)
         cluster.check_device_before_start(config)
         model.check(config)
         prepared, parts = prepare.locate(config)
@@ -76,9 +78,13 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
             with phases("prepare"):
                 _prepare(config, prepared, parts, job, console)
             check_data(config, prepared, console)
+        lease = stack.enter_context(Lease(run))
         run.start(config, prepared.path)
         run.remove_unfinished()
-        return _fit(config, run, prepared, phases, console, title)
+        for done in snapshot.repair(run):
+            append_json(run.events_file, {"time": time.time(), "kind": "note", "text": done})
+            say(console, f"{title}: {done}")
+        return _fit(config, run, prepared, lease, phases, console, title)
 
 
 def prepare_only(config: Config, console: Console | None = None) -> Path:
@@ -217,7 +223,9 @@ def max_steps(config: Config, sequences: int) -> int:
     return max(1, round(config.num_train_epochs * sequences / per_step))
 
 
-def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: Console, title: str) -> dict[str, Any]:
+def _fit(
+    config: Config, run: Run, prepared: Prepared, lease: Lease, phases: Phases, console: Console, title: str
+) -> dict[str, Any]:
     from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
@@ -231,7 +239,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     ):
         try:
             with phases("fit"):
-                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, name).fit()
+                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, lease, name).fit()
             outcome = result.return_value or {"failure": "the workers returned nothing"}
         except TrainingFailedError as error:
             outcome = {"failure": _root_cause(error)}
@@ -249,7 +257,7 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     return summary
 
 
-def _trainer(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
+def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -268,6 +276,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
             "run": str(run.path),
             "prepared": str(prepared.path),
             "mailbox": mailbox,
+            "lease": lease.token,
         },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers or 1,

@@ -27,27 +27,27 @@ from manta.trainer import MantaTrainer, reseed
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
 
-    `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's) and
-    `mailbox` (the actor that listens); under a TorchTrainer of one's own, the run is Ray's folder of the experiment and
-    rank 0 prepares the data if it is not there.
+    `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's),
+    `mailbox` (the actor that listens) and `lease` (the token that its checkpoints need); under a TorchTrainer of one's
+    own, the run is Ray's folder of the experiment and rank 0 prepares the data if it is not there.
 
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
     settings = dict(config_dict)
-    given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox")}
+    given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
     run = Run(Path(given["run"] or train.get_context().get_storage().experiment_fs_path))
     mailbox = progress.find_mailbox(given["mailbox"])
     _log_to_file(run)
     try:
         prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared, mailbox)
+        return _train(config, run, prepared, mailbox, given["lease"])
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
 
 
-def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[str, Any]:
+def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = train.get_context()
@@ -64,7 +64,7 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[s
     if config.packing:
         model.assert_documents_apart(network, config)
     trainer = make_trainer(config, run, prepared, network, start, world)
-    trainer.taken = damaged
+    trainer.taken, trainer.lease = damaged, lease
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
 
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
