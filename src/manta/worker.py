@@ -14,7 +14,13 @@ import torch
 from ray import train
 
 from manta import checkpoint, model, progress
-from manta.callbacks import ProgressCallback, RayTrainReportCallback, SaveForResumeCallback, SaveOnBestMetricCallback
+from manta.callbacks import (
+    ProgressCallback,
+    RayTrainReportCallback,
+    SaveForResumeCallback,
+    SaveOnBestMetricCallback,
+    StopOnRequestCallback,
+)
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Rows, SampleOrder
@@ -63,7 +69,7 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
     model.assert_sharded(network, config, placement)
     if config.packing:
         model.assert_documents_apart(network, config)
-    trainer = make_trainer(config, run, prepared, network, start, world)
+    trainer = make_trainer(config, run, prepared, network, start, world, mailbox)
     trainer.taken, trainer.lease = damaged, lease
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
 
@@ -89,7 +95,9 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
     return prepared
 
 
-def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int) -> MantaTrainer:
+def make_trainer(
+    config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int, mailbox: Any = None
+) -> MantaTrainer:
     """The trainer over prepared data, with the callbacks that decide when to save and stop."""
     from transformers import EarlyStoppingCallback
 
@@ -102,6 +110,7 @@ def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, sta
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     callbacks: list[Any] = [
+        StopOnRequestCallback(mailbox),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
         RayTrainReportCallback(),
