@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from manta.runs import METRIC, newest_path
@@ -23,6 +25,44 @@ class SaveOnBestMetricCallback(TrainerCallback):
         best = state.best_metric
         if best is None or (value > best if args.greater_is_better else value < best):
             control.should_save = True
+
+
+class StopOnRequestCallback(TrainerCallback):
+    """Stop after the step at which all ranks know that the driver was asked to end (SIGTERM); the save comes with it.
+
+    Rank 0 looks whether its last question to the mailbox has been answered, and never waits for it.
+    """
+
+    def __init__(self, mailbox: Any):
+        self.mailbox = mailbox
+        self.asked: Any = None
+        self.group: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if dist.is_initialized() and dist.get_backend() != "gloo":  # a word between hosts need not wait for the GPU
+            self.group = dist.new_group(backend="gloo")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        stop = torch.tensor([self._is_asked_to_stop() if args.process_index == 0 else False], dtype=torch.uint8)
+        if dist.is_initialized():
+            dist.broadcast(stop, src=0, group=self.group)
+        if stop.item():
+            control.should_training_stop = True
+
+    def _is_asked_to_stop(self) -> bool:
+        import ray
+
+        if self.mailbox is None:
+            return False
+        if self.asked is None:
+            self.asked = self.mailbox.is_stop_wanted.remote()
+        answered, _ = ray.wait([self.asked], timeout=0)
+        if not answered:
+            return False
+        answer, self.asked = self.asked, None
+        return ray.get(answer)
 
 
 class SaveForResumeCallback(TrainerCallback):

@@ -40,6 +40,10 @@ QUIET = {
 }
 
 
+# Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
+ASKED_TO_STOP = 75
+
+
 class SectionedCommand(click.Command):
     """Help with the options under headings, in the order of the config."""
 
@@ -137,13 +141,16 @@ def _train(**flags: Any) -> None:
     from manta.report import print_summary
     from manta.train import train
 
-    print_summary(train(config))
+    result = train(config)
+    print_summary(result)
+    if result["status"] == "stopped" and result["asked_to_stop"]:
+        sys.exit(ASKED_TO_STOP)
 
 
 def _prepare(**flags: Any) -> None:
     """Prepare data only: split, render and tokenize into a folder that `manta train` reuses."""
     config = config_from_flags(flags)
-    from manta.train import prepare_only
+    from manta.preparation import prepare_only
 
     click.echo(prepare_only(config))
 
@@ -165,7 +172,7 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
 
     from manta import inspection
     from manta.data.prepare import Prepared
-    from manta.train import prepared_by
+    from manta.preparation import prepared_by
 
     folder = Prepared(Path(prepared).absolute()) if prepared else prepared_by(config)
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
@@ -274,6 +281,47 @@ def demo(folder: str, num_workers: int) -> None:
     from manta.demo import run_demo
 
     run_demo(Path(folder), num_workers)
+
+
+@main.group()
+def runs() -> None:
+    """What happened to runs, and whether their checkpoints are whole."""
+
+
+@runs.command("list")
+@click.argument("results_dir", default="results")
+def runs_list(results_dir: str) -> None:
+    """One line per run in a folder of runs."""
+    from rich.console import Console
+
+    from manta import history
+
+    history.print_runs(Path(results_dir), Console(highlight=False))
+
+
+@runs.command("show")
+@click.argument("run")
+def runs_show(run: str) -> None:
+    """Settings, attempts, notes and checkpoints of a run."""
+    from rich.console import Console
+
+    from manta import history
+    from manta.runs import open_run
+
+    history.print_run(open_run(run), Console(highlight=False))
+
+
+@runs.command("verify")
+@click.argument("run")
+def runs_verify(run: str) -> None:
+    """Compare all files of a run's checkpoints with their hashes; exit 1 if any is not as it was written."""
+    from rich.console import Console
+
+    from manta import history
+    from manta.runs import open_run
+
+    if history.verify(open_run(run), Console(highlight=False)):
+        sys.exit(1)
 
 
 def run_verb(verb: str) -> None:

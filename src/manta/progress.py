@@ -29,11 +29,19 @@ class Mailbox:
     def __init__(self, attempts: int) -> None:
         self.messages: list[dict[str, Any]] = []
         self.attempts = attempts  # of earlier drivers of the same run
+        self.stop_wanted = False
 
     def begin_attempt(self) -> int:
         """Called by rank 0 of every new worker group; returns its number, from 1."""
         self.attempts += 1
         return self.attempts
+
+    def want_stop(self) -> None:
+        """Called by the driver that was asked to end."""
+        self.stop_wanted = True
+
+    def is_stop_wanted(self) -> bool:
+        return self.stop_wanted
 
     def put(self, message: dict[str, Any]) -> None:
         self.messages.append({"time": time.time(), **message})
@@ -68,6 +76,7 @@ class Monitor:
         self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
         self.first_step_time: float | None = None
         self.last_step_time: float | None = None
+        self.stop_wanted = threading.Event()  # set by a signal handler, which must not call Ray itself
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
 
@@ -80,7 +89,11 @@ class Monitor:
         self._thread.join()
 
     def _run(self) -> None:
+        passed_on = False
         while not self._stop.wait(_POLL_S):
+            if self.stop_wanted.is_set() and not passed_on:
+                self.mailbox.want_stop.remote()
+                passed_on = True
             self._drain()
         self._drain()
 

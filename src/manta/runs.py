@@ -4,7 +4,9 @@ results/<run>/
     config.yaml                  the resolved config; `manta train --config` repeats the run from it
     data.json                    where its prepared data is
     checkpoint_00000060/         complete once it holds manifest.json
+    damaged-checkpoint_00000030/ one whose files were not as they were written, put aside
     checkpoint_manager_snapshot.json    Ray Train's own list of checkpoints
+    lease.json                   which driver has the run, while one has
     events.jsonl                 attempts, saves, failures, in order
     metrics.jsonl                every log line of the training loop
     ledger/                      which samples each step consumed

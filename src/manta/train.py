@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs
-from manta.config import Config, whole_path
-from manta.data import formats, lint, prepare
+from manta import __version__, cluster, manifest, runs, snapshot
+from manta.config import Config
+from manta.data import prepare
 from manta.data.prepare import Prepared
-from manta.data.shards import Job
-from manta.errors import ConfigError, TrainingError, UserError
-from manta.progress import Display, Monitor, open_mailbox, say
+from manta.errors import ConfigError, TrainingError
+from manta.lease import Lease, refuse_if_held
+from manta.preparation import absolute, check_data, make
+from manta.progress import Display, Monitor, append_json, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -55,6 +57,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     with phases("check"):
         from manta import model
 
+        refuse_if_held(run.path)
         cluster.check_device_before_start(config)
         model.check(config)
         prepared, parts = prepare.locate(config)
@@ -74,48 +77,15 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         config = _place(config)
         if job is not None:
             with phases("prepare"):
-                _prepare(config, prepared, parts, job, console)
+                make(config, prepared, parts, job, console)
             check_data(config, prepared, console)
+        lease = stack.enter_context(Lease(run))
         run.start(config, prepared.path)
         run.remove_unfinished()
-        return _fit(config, run, prepared, phases, console, title)
-
-
-def prepare_only(config: Config, console: Console | None = None) -> Path:
-    """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError.
-
-    What looks wrong about the data is said, and left to `train` to refuse.
-    """
-    console = console or Console(stderr=True, highlight=False)
-    prepared = prepared_by(config, console)
-    for finding in lint.findings(prepared.counts, config.lint, config.objective):
-        _say_finding(console, finding)
-    return prepared.path
-
-
-def prepared_by(config: Config, console: Console | None = None) -> Prepared:
-    """The prepared data of `config`, made if it is not there."""
-    console = console or Console(stderr=True, highlight=False)
-    config = _absolute(config)
-    prepared, parts = prepare.locate(config)
-    if not prepare.is_ready(prepared):
-        job = prepare.open_job(config, prepared)
-        with ExitStack() as stack:
-            stack.callback(prepare.forget_sources, prepared)
-            stack.enter_context(cluster.connected(config))
-            _prepare(config, prepared, parts, job, console)
-    return prepared
-
-
-def check_data(config: Config, prepared: Prepared, console: Console) -> None:
-    """Say what looks wrong about the data. Raises UserError if the config calls any of it an error."""
-    found = lint.findings(prepared.counts, config.lint, config.objective)
-    errors = [str(finding) for finding in found if finding.level == "error"]
-    for finding in found:
-        if finding.level == "warning":
-            _say_finding(console, finding)
-    if errors:
-        raise UserError("\n".join([*errors, f"See it: manta inspect --prepared {prepared.path}"]))
+        for done in snapshot.repair(run):
+            append_json(run.events_file, {"time": time.time(), "kind": "note", "text": done})
+            say(console, f"{title}: {done}")
+        return _fit(config, run, prepared, lease, phases, console, title)
 
 
 def resolve(config: Config) -> tuple[Config, Run]:
@@ -123,7 +93,7 @@ def resolve(config: Config) -> tuple[Config, Run]:
 
     Raises ConfigError if the run exists with settings that would train something else.
     """
-    config = _absolute(config)
+    config = absolute(config)
     run = runs.of(config)
     config = config.model_copy(update={"run_name": run.name})
     if run.config_file.exists():
@@ -143,27 +113,6 @@ def resolve(config: Config) -> tuple[Config, Run]:
     return config, run
 
 
-def _absolute(config: Config) -> Config:
-    """Local folders by their whole path, so that the saved config works from anywhere."""
-    data = config.hf_dataset_config
-    return config.model_copy(
-        update={
-            "hf_model_id": whole_path(config.hf_model_id),
-            "results_dir": str(Path(config.results_dir).expanduser().absolute()),
-            "data_dir": str(Path(config.data_dir).expanduser().absolute()),
-            "chat_template": config.chat_template and whole_path(config.chat_template),
-            "hf_dataset_config": data.model_copy(
-                update={
-                    "dataset_name": whole_path(data.dataset_name),
-                    "mixture": tuple(
-                        {**part, "dataset_name": whole_path(part["dataset_name"])} for part in data.mixture
-                    ),
-                }
-            ),
-        }
-    )
-
-
 def _place(config: Config) -> Config:
     """The config with device and workers as this cluster gives them. Raises UserError if it has no room."""
     on = cluster.device(config)
@@ -174,35 +123,6 @@ def _place(config: Config) -> Config:
     return config.model_copy(
         update={"device": on, "num_workers": count, "nominal_workers": config.nominal_workers or count}
     )
-
-
-def _prepare(config: Config, prepared: Prepared, parts: dict[str, Any], job: Job, console: Console) -> None:
-    start = time.time()
-    for each, found in zip(job.sources, job.formats, strict=True):
-        say(console, f"prepare: {each.config.dataset_name}: {formats.describe(found, each)}")
-    with console.status("prepare: starting") as status:
-
-        def show(done: int, total: int) -> None:
-            status.update(f"prepare: {done:,}/{total:,} rows, {done / (time.time() - start):,.0f} rows/s")
-
-        prepare.prepare(config, prepared, parts, job, show)
-    counts = prepared.counts
-    splits = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test"))
-    seconds = time.time() - start
-    tokens = sum(counts[split]["tokens"] for split in ("training", "validation"))
-    say(
-        console,
-        f"prepare: {job.rows:,} rows in {seconds:.1f} s → {splits}; {tokens:,} tokens, {tokens / seconds:,.0f}/s",
-    )
-    for reason, about in counts["noted"].items():
-        if reason not in lint.MEANING:
-            say(console, f"prepare: {reason}: {about['rows']:,} rows, the first {about['first']}")
-    if counts["quarantined"]:
-        say(console, f"prepare: {counts['quarantined']:,} bad rows are put aside: {prepared.path / prepare.QUARANTINE}")
-
-
-def _say_finding(console: Console, finding: lint.Finding) -> None:
-    console.print(f"{finding.level}: {finding}", markup=False, soft_wrap=True)
 
 
 def max_steps(config: Config, sequences: int) -> int:
@@ -217,7 +137,9 @@ def max_steps(config: Config, sequences: int) -> int:
     return max(1, round(config.num_train_epochs * sequences / per_step))
 
 
-def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: Console, title: str) -> dict[str, Any]:
+def _fit(
+    config: Config, run: Run, prepared: Prepared, lease: Lease, phases: Phases, console: Console, title: str
+) -> dict[str, Any]:
     from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
 
@@ -228,10 +150,11 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     with (
         Display(title, steps, console) as display,
         Monitor(mailbox, run.events_file, run.metrics_file, display) as monitor,
+        _stopping_on_sigterm(monitor.stop_wanted),
     ):
         try:
             with phases("fit"):
-                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, name).fit()
+                result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, lease, name).fit()
             outcome = result.return_value or {"failure": "the workers returned nothing"}
         except TrainingFailedError as error:
             outcome = {"failure": _root_cause(error)}
@@ -249,7 +172,28 @@ def _fit(config: Config, run: Run, prepared: Prepared, phases: Phases, console: 
     return summary
 
 
-def _trainer(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
+@contextmanager
+def _stopping_on_sigterm(wanted: threading.Event) -> Iterator[None]:
+    """The first SIGTERM asks the workers to save and leave; a second one ends the driver as before.
+
+    Set after Ray's start, which installs a handler of its own. Only the main thread can.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        wanted.set()
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -268,6 +212,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
             "run": str(run.path),
             "prepared": str(prepared.path),
             "mailbox": mailbox,
+            "lease": lease.token,
         },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers or 1,
@@ -295,7 +240,8 @@ def _summarize(
 ) -> dict[str, Any]:
     failure = outcome.get("failure")
     done = outcome.get("step", 0)
-    stopped = config.stop_at_step is not None and config.stop_at_step <= done < steps
+    asked = monitor.stop_wanted.is_set()
+    stopped = done < steps and (asked or (config.stop_at_step is not None and config.stop_at_step <= done))
     best, latest = run.best(), run.latest()
     seconds = (monitor.last_step_time or 0) - (monitor.first_step_time or 0)
     phases.seconds["total"] = round(time.time() - phases.start, 3)
@@ -305,6 +251,7 @@ def _summarize(
         "run": str(run.path),
         "steps": done or (latest.step if latest else 0),
         "max_steps": steps,
+        "asked_to_stop": asked,
         "stopped_early": not failure and not stopped and done < steps,
         "metric": METRIC,
         "best_metric": outcome.get("best_eval_loss"),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from manta import checkpoint, ledger
+from manta import checkpoint, lease, ledger
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
@@ -49,6 +49,7 @@ class MantaTrainer(Trainer):
         self.order, self.layout, self.run, self.fingerprint = order, layout, run, fingerprint
         self.start_step = self.saved_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
+        self.lease: str | None = None  # token without which no checkpoint is written
         self.tokens = 0
         self.entries: list[ledger.Entry] = []
         self._slot = 0
@@ -168,6 +169,8 @@ class MantaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint of this step, with the ledger of what it consumed."""
         step = self.state.global_step
+        if lost := checkpoint.gather(lease.loss(self.run.path, self.lease))[0]:
+            raise UserError(lost)
         states: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if hasattr(callback, "state"):

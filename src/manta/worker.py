@@ -14,7 +14,13 @@ import torch
 from ray import train
 
 from manta import checkpoint, model, progress
-from manta.callbacks import ProgressCallback, RayTrainReportCallback, SaveForResumeCallback, SaveOnBestMetricCallback
+from manta.callbacks import (
+    ProgressCallback,
+    RayTrainReportCallback,
+    SaveForResumeCallback,
+    SaveOnBestMetricCallback,
+    StopOnRequestCallback,
+)
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Rows, SampleOrder
@@ -27,27 +33,27 @@ from manta.trainer import MantaTrainer, reseed
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
 
-    `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's) and
-    `mailbox` (the actor that listens); under a TorchTrainer of one's own, the run is Ray's folder of the experiment and
-    rank 0 prepares the data if it is not there.
+    `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's),
+    `mailbox` (the actor that listens) and `lease` (the token that its checkpoints need); under a TorchTrainer of one's
+    own, the run is Ray's folder of the experiment and rank 0 prepares the data if it is not there.
 
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
     settings = dict(config_dict)
-    given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox")}
+    given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
     run = Run(Path(given["run"] or train.get_context().get_storage().experiment_fs_path))
     mailbox = progress.find_mailbox(given["mailbox"])
     _log_to_file(run)
     try:
         prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared, mailbox)
+        return _train(config, run, prepared, mailbox, given["lease"])
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
 
 
-def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[str, Any]:
+def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = train.get_context()
@@ -63,8 +69,8 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any) -> dict[s
     model.assert_sharded(network, config, placement)
     if config.packing:
         model.assert_documents_apart(network, config)
-    trainer = make_trainer(config, run, prepared, network, start, world)
-    trainer.taken = damaged
+    trainer = make_trainer(config, run, prepared, network, start, world, mailbox)
+    trainer.taken, trainer.lease = damaged, lease
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
 
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -89,7 +95,9 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
     return prepared
 
 
-def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int) -> MantaTrainer:
+def make_trainer(
+    config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int, mailbox: Any = None
+) -> MantaTrainer:
     """The trainer over prepared data, with the callbacks that decide when to save and stop."""
     from transformers import EarlyStoppingCallback
 
@@ -102,6 +110,7 @@ def make_trainer(config: Config, run: Run, prepared: Prepared, network: Any, sta
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     callbacks: list[Any] = [
+        StopOnRequestCallback(mailbox),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
         RayTrainReportCallback(),

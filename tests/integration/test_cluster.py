@@ -8,6 +8,7 @@ from manta import cluster
 from manta.config import Config
 from manta.data.prepare import Prepared
 from manta.errors import UserError
+from manta.lease import Lease
 from manta.runs import Run
 from manta.train import _place, _trainer
 
@@ -37,13 +38,13 @@ def test_room_is_counted_per_node(ray_cluster):
 def test_workers_get_the_allocators_setting(tmp_path):
     """And on CPU they see no GPU, whatever the node has."""
     run, prepared = Run(tmp_path / "run"), Prepared(tmp_path)
-    on_gpus = _trainer(Config(device="cuda", num_workers=8), run, prepared, "mailbox")
+    on_gpus = _trainer(Config(device="cuda", num_workers=8), run, prepared, Lease(run), "mailbox")
     environment = on_gpus.run_config.worker_runtime_env["env_vars"]
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "CUDA_VISIBLE_DEVICES" not in environment
     assert on_gpus.scaling_config.use_gpu and on_gpus.scaling_config.num_workers == 8
     assert on_gpus.backend_config.backend == "nccl" and on_gpus.backend_config.timeout_s == 7200
-    on_cpu = _trainer(Config(device="cpu", num_workers=2), run, prepared, "mailbox")
+    on_cpu = _trainer(Config(device="cpu", num_workers=2), run, prepared, Lease(run), "mailbox")
     assert on_cpu.run_config.worker_runtime_env["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
     assert on_cpu.backend_config.backend == "gloo"
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from manta import ledger
+from manta.cli import ASKED_TO_STOP
 from manta.config import Config
 from manta.errors import ConfigError
 from manta.runs import Run
@@ -148,7 +149,7 @@ def test_two_workers_then_one_then_two_take_the_same_steps(undisturbed, config, 
     assert logged(run, "epoch") == logged(undisturbed, "epoch")
 
 
-def test_damaged_checkpoint_is_passed_over(undisturbed, config):
+def test_damaged_checkpoint_and_list_of_ray_are_passed_over(undisturbed, config):
     stopped = train(named(config, "damaged", stop_at_step=2 * SAVE))
     run = run_of(stopped)
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [SAVE, 2 * SAVE]
@@ -156,13 +157,16 @@ def test_damaged_checkpoint_is_passed_over(undisturbed, config):
     content = bytearray(newest.read_bytes())
     content[-5] ^= 0x40  # inside a weight: the file still loads
     newest.write_bytes(content)
+    listed = run.path / "checkpoint_manager_snapshot.json"
+    listed.write_bytes(listed.read_bytes()[:200])  # as a full disk leaves it
 
     result = train(named(config, "damaged"))
     assert result["status"] == "finished"
     assert [event["step"] for event in attempts(run)] == [0, SAVE]
     notes = [event["text"] for event in lines(run.events_file) if event["kind"] == "note"]
-    assert len(notes) == 1 and notes[0].startswith("checkpoint_00000012 is not used:") and newest.name in notes[0]
-    assert [checkpoint.step for checkpoint in run.checkpoints()][-1] == STEPS
+    assert len(notes) == 2 and notes[0].startswith("checkpoint_00000012 is put aside:") and newest.name in notes[0]
+    assert notes[1] == "Ray's list of checkpoints is made anew from 1 manifests"
+    assert run.latest().path.name == f"checkpoint_{STEPS:08d}" and (run.path / "damaged-checkpoint_00000012").is_dir()
     assert ledger.read(run.ledger, STEPS) == consumed(config)
     assert max_difference(weights(run, STEPS), weights(undisturbed, STEPS)) <= 1e-6
 
@@ -204,24 +208,36 @@ def test_patience_is_counted_over_a_stop(tmp_path):
     assert result["steps"] == 8 and result["stopped_early"] is True
 
 
-def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
-    config = small_config(tmp_path, num_workers=1, nominal_workers=2, max_steps=150, save_steps=30, eval_steps=0)
+def test_same_command_after_the_driver_was_asked_to_end_and_after_it_was_killed(tmp_path):
+    """SIGTERM saves and leaves, SIGKILL does not; meanwhile a second driver is refused."""
+    config = small_config(tmp_path, num_workers=1, nominal_workers=2, max_steps=240, save_steps=30, eval_steps=0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config.dump())
     command = [sys.executable, "-m", "manta", "train", "--config", str(recipe), "--run_name", "driver"]
     run = Run(tmp_path / "results" / "driver")
-
-    driver = subprocess.Popen(
-        command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     family: list[psutil.Process] = []
+    refused: list[subprocess.CompletedProcess[str]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def kill() -> None:
+        refused.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60))
         family.extend(psutil.Process(driver.pid).children(recursive=True))
         driver.kill()
 
+    driver = start()
     try:
-        when_step(run, 45, kill).join()
+        when_step(run, 12, driver.terminate).join()
+        assert driver.wait(timeout=60) == ASKED_TO_STOP
+        saved = run.latest().step
+        assert run.result()["status"] == "stopped" and run.result()["steps"] == saved >= 12
+        assert max(line["step"] for line in lines(run.metrics_file) if "loss" in line) == saved  # nothing is wasted
+
+        driver = start()
+        when_step(run, saved + 45, kill).join()
         assert driver.wait(timeout=10) == -signal.SIGKILL
     finally:
         driver.kill()
@@ -229,16 +245,16 @@ def test_same_command_after_the_driver_was_killed_goes_on(tmp_path):
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    assert run.result() is None  # it had no time to say how it ended
+    assert refused[0].returncode == 2 and "Traceback" not in refused[0].stderr
+    assert f"Another driver is training {run.path}: process {driver.pid} on" in refused[0].stderr
     committed = run.latest().step
-    assert 30 <= committed < 150
+    assert saved < committed < 240
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     result = run.result()
-    assert result["status"] == "finished" and result["steps"] == 150 and result["attempts"] == 2
-    second = attempts(run)[1]
-    assert second["step"] in (committed, committed - 30)  # a save that Ray had not recorded yet does not count
+    assert result["status"] == "finished" and result["steps"] == 240 and result["attempts"] == 3
+    assert [attempt["step"] for attempt in attempts(run)] == [0, saved, committed]
     order = order_of(config)
-    expected = [(step, index, order.micro_batch(step, index)) for step in range(150) for index in range(4)]
-    assert ledger.read(run.ledger, 150) == expected
+    expected = [(step, index, order.micro_batch(step, index)) for step in range(240) for index in range(4)]
+    assert ledger.read(run.ledger, 240) == expected

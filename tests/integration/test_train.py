@@ -12,8 +12,9 @@ import torch
 from manta import manifest
 from manta.config import Config
 from manta.data import source
+from manta.preparation import prepare_only
 from manta.runs import Run
-from manta.train import prepare_only, train
+from manta.train import train
 from running import (
     CANARY,
     logged,

@@ -10,7 +10,7 @@ from manta.config import Config
 from manta.data import lint, prepare
 from manta.dataset_config import LintConfig
 from manta.errors import ConfigError, UserError
-from manta.train import check_data
+from manta.preparation import check_data
 from tiny import tiny_tokenizer
 
 CHATML = (

@@ -1,0 +1,82 @@
+"""What happened to runs: `manta runs list`, `show` and `verify`. Reads only."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from manta import lease, manifest
+from manta.errors import ConfigError
+from manta.runs import Run
+from manta.snapshot import DAMAGED
+
+
+def state(run: Run) -> str:
+    """finished, stopped or failed, as the run ended; running while a driver has it; else interrupted."""
+    if lease.is_held(run.path):
+        return "running"
+    result = run.result()
+    return result["status"] if result else "interrupted"
+
+
+def print_runs(results_dir: Path, console: Console) -> None:
+    """One line per run in a folder, the newest last. What cannot be read is named, not left out."""
+    folders = [path.parent for path in results_dir.glob("*/config.yaml")]
+    table = Table(box=None, padding=(0, 2), title=f"{len(folders)} runs in {results_dir}", title_justify="left")
+    for heading in ("run", "state", "steps", "best eval_loss", "attempts", "last change"):
+        table.add_column(heading)
+    for folder in sorted(folders, key=_changed):
+        run = Run(folder)
+        latest, best = run.latest(), run.best()
+        loss = f"{best.eval_loss:.4f}" if best and best.metrics else ""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed(folder)))
+        table.add_row(run.name, state(run), str(latest.step if latest else 0), loss, str(len(run.world_sizes())), when)
+    console.print(table)
+
+
+def print_run(run: Run, console: Console) -> None:
+    """Settings, attempts, what was noted, and which checkpoints are complete."""
+    try:
+        config = run.config()
+        what = f"{config.hf_model_id}, {'every weight' if config.full_ft else f'LoRA of rank {config.lora_rank}'}"
+        settings = f"{what}, settings {config.fingerprint()}"
+    except ConfigError as error:  # of another version of Manta
+        settings = str(error)
+    console.print(f"{run.path}: {state(run)}\n{settings}", markup=False, soft_wrap=True)
+    if holder := lease.holder_of(run.path):
+        console.print(f"driver: process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")
+    for event in run.events():
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        if event["kind"] == "attempt":
+            console.print(
+                f"{when}  attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}"
+            )
+        elif event["kind"] == "note":
+            console.print(f"{when}  {event['text']}", markup=False, soft_wrap=True)
+    if (result := run.result()) and result["failure"]:
+        console.print(f"failed: {result['failure']}", markup=False, soft_wrap=True)
+    best, latest = run.best(), run.latest()
+    for checkpoint in run.checkpoints():
+        marks = [name for name, one in (("best", best), ("newest", latest)) if one and one.path == checkpoint.path]
+        loss = f"eval_loss {checkpoint.eval_loss:.4f}" if checkpoint.metrics else ""
+        console.print("  ".join(["", checkpoint.path.name, loss, ", ".join(marks)]).rstrip())
+
+
+def verify(run: Run, console: Console) -> int:
+    """Compare every file of every checkpoint with its hash; returns how many checkpoints are not as they were."""
+    damaged = [path.name for path in sorted(run.path.glob(f"{DAMAGED}*"))]
+    for path in sorted(run.path.glob("checkpoint_*[0-9]")):
+        problem = manifest.damage(path)
+        console.print(f"{path.name}: {problem or 'whole'}", markup=False, soft_wrap=True)
+        damaged += [path.name] if problem else []
+    for name in damaged:
+        if name.startswith(DAMAGED):
+            console.print(f"{name}: put aside before", markup=False)
+    return len(damaged)
+
+
+def _changed(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.glob("*.json*")))

@@ -1,0 +1,138 @@
+"""The right to write into a run's folder: one driver has it at a time, and says so in `lease.json`.
+
+A holder renews its lease every few seconds. A new driver is refused while that goes on, and takes over once the
+holder's process is gone from this host, or its lease was not renewed for EXPIRES_S by the storage's own clock. Each
+lease has a fencing token (https://martin.kleppmann.com/2016/02/08/how-to-do-distributed-locking.html): workers whose
+driver lost the lease meanwhile commit no checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Self
+
+from manta import manifest
+from manta.errors import UserError
+from manta.runs import Run
+
+NAME = "lease.json"
+RENEW_S = 5.0
+EXPIRES_S = 60.0
+
+
+class Lease:
+    """Held while in the `with` block. Raises UserError on entry if another driver has the run."""
+
+    def __init__(self, run: Run):
+        self.path = run.path / NAME
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="manta-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._take():
+            self._refuse_or_remove()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if holder_of(self.path.parent).get("token") == self.token:
+            self.path.unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        """Put the lease there if there is none: a link is made whole or not at all, on shared storage too."""
+        mine = self.path.with_name(f".{NAME}.{self.token}")
+        about = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        manifest.write_json(mine, {**about, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        try:
+            os.link(mine, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: the name at least is taken by one only
+            try:
+                with self.path.open("x", encoding="utf-8") as file:
+                    file.write(mine.read_text(encoding="utf-8"))
+            except FileExistsError:
+                return False
+        finally:
+            mine.unlink()
+        return True
+
+    def _refuse_or_remove(self) -> None:
+        """Raise if the holder lives; else put its lease aside, which only one of several contenders can."""
+        holder = holder_of(self.path.parent)
+        refuse_if_held(self.path.parent)
+        aside = self.path.with_name(f".{NAME}.{self.token}.old")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        if (manifest.read_json(aside) or {}).get("token") != holder.get("token"):  # somebody was quicker: give it back
+            with contextlib.suppress(OSError):
+                os.link(aside, self.path)
+        aside.unlink()
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_S):
+            if holder_of(self.path.parent).get("token") == self.token:
+                self.path.touch()
+
+
+def holder_of(folder: Path) -> dict[str, Any]:
+    """Who holds the run in `folder`: token, host, pid, since; empty if nobody does."""
+    return manifest.read_json(folder / NAME) or {}
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living driver has the run in `folder`."""
+    return (folder / NAME).exists() and _is_alive(folder / NAME, holder_of(folder))
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Raises UserError if a living driver has the run in `folder`."""
+    if is_held(folder):
+        holder = holder_of(folder)
+        where = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+        raise UserError(
+            f"Another driver is training {folder}: {where}. Wait for it, or end it; --run_name gives this one a run of "
+            "its own."
+        )
+
+
+def loss(folder: Path, token: str | None) -> str | None:
+    """What to say if the run is held with another token than `token`, or None; without a token, nothing is held."""
+    holder = holder_of(folder)
+    if token is None or holder.get("token") == token:
+        return None
+    by = f"process {holder.get('pid')} on {holder.get('host')} has it" if holder else "nobody has it now"
+    return f"The lease of {folder} is lost ({by}), so this driver's workers write no more checkpoints there."
+
+
+def _is_alive(path: Path, holder: dict[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname() and Path("/proc/self").exists():
+        return _born(int(holder.get("pid", 0))) == holder.get("born") is not None
+    probe = path.with_name(f".{NAME}.now-{uuid.uuid4().hex}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime < EXPIRES_S
+    except FileNotFoundError:
+        return False
+    finally:
+        probe.unlink()
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this host started, in clock ticks, which tells it from a later one of the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        return None
