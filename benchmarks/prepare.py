@@ -1,12 +1,12 @@
 """Preparation of a large JSONL: Manta's job against `datasets.map` one row at a time, in speed and memory.
 
-    python benchmarks/prepare.py [--rows 1000000] [--row_by_row 200000]
+    python benchmarks/prepare.py [--rows 1000000]
 
-The row-by-row arm (render, tokenize the whole text, tokenize the prompt again for its mask, as the guide does) maps
-the first `--row_by_row` rows of the same file with as many processes as there are cores, and runs before and after
-Manta's; its imports and the reading of the file are not counted. Manta's seconds are those of the whole command. Memory
-is the proportional set size of the command and all processes it starts, Ray's included, looked at twice a second.
-Labels of both arms are compared. Results go to benchmarks/results/<date>-prepare.{json,md}.
+The row-by-row arm (render, tokenize the whole text, tokenize the prompt again for its mask, as the guide does) maps the
+same file with as many processes as there are cores, before and after Manta's. The seconds of both are those of the
+whole command: imports, the reading of the file, and for Manta Ray's start. Memory is the proportional set size of a
+command and all processes it starts, looked at twice a second. Labels of both arms are compared. Results go to
+benchmarks/results/<date>-prepare.{json,md}.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -62,14 +62,14 @@ def write_tokenizer(data: Path, folder: Path) -> None:
     wrapped.save_pretrained(str(folder))
 
 
-def row_by_row(data: str, model: str, rows: int, cache: str) -> None:
-    """The other arm, in a process of its own: prints its tokens and seconds."""
+def row_by_row(data: str, model: str, cache: str) -> None:
+    """The other arm, in a process of its own: prints its first rows."""
     import datasets
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    source = datasets.load_dataset("json", data_files=data, split=f"train[:{rows}]", cache_dir=cache)
+    source = datasets.load_dataset("json", data_files=data, split="train", cache_dir=cache)
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         prompt, answer = INPUT.format(**row), OUTPUT.format(**row)
@@ -77,28 +77,43 @@ def row_by_row(data: str, model: str, rows: int, cache: str) -> None:
         masked = len(tokenizer(prompt)["input_ids"])
         return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}
 
-    start = time.perf_counter()
     mapped = source.map(encode, num_proc=CORES, remove_columns=source.column_names, load_from_cache_file=False)
-    seconds = time.perf_counter() - start
-    tokens = sum(map(len, mapped.with_format("numpy")["input_ids"]))
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "first": mapped[:1000]}))
+    print(json.dumps(mapped[:1000]))
 
 
-def prepare(folder: Path, output_template: str = OUTPUT) -> tuple[Path, float, float]:
-    """Run `manta prepare`: its folder, wall seconds, and peak memory in bytes."""
+def prepare(folder: Path) -> tuple[str, float, int]:
+    """Run `manta prepare`: what it prints, wall seconds, and peak memory in bytes."""
     command = [sys.executable, "-m", "manta", "prepare", "--hf_model_id", str(folder / "base")]
     command += ["--hfdc_dataset_name", str(folder / "rows.jsonl"), "--data_dir", str(folder / "prepared")]
-    command += ["--hfdc_input_template", INPUT, "--hfdc_output_template", output_template]
+    command += ["--hfdc_input_template", INPUT, "--hfdc_output_template", OUTPUT]
     command += ["--hfdc_train_split_ratio", "1.0", "--hfdc_num_proc", str(CORES)]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=QUIET)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, _memory(psutil.Process(process.pid)))
-        time.sleep(0.5)
-    seconds = time.perf_counter() - start
-    assert process.returncode == 0 and process.stdout
-    return Path(process.stdout.read().strip()), seconds, peak
+    return run(command)
+
+
+def _folder_of(folder: Path, output_template: str) -> str:
+    """Where data prepared with this template is or would be."""
+    from manta.config import Config
+    from manta.data.prepare import locate
+
+    data = {"dataset_name": str(folder / "rows.jsonl"), "input_template": INPUT, "output_template": output_template}
+    settings = {"hf_model_id": str(folder / "base"), "data_dir": str(folder / "prepared")}
+    data |= {"train_split_ratio": 1.0}
+    return str(locate(Config.from_dict({**settings, "hf_dataset_config": data}))[0].path)
+
+
+def run(command: list[str]) -> tuple[str, float, int]:
+    """A command's output, wall seconds, and peak memory in bytes."""
+    with TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, env=QUIET)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _memory(psutil.Process(process.pid)))
+            time.sleep(0.5)
+        seconds = time.perf_counter() - start
+        assert process.returncode == 0
+        output.seek(0)
+        return output.read().strip(), seconds, peak
 
 
 def _memory(process: psutil.Process) -> int:
@@ -118,50 +133,46 @@ def _memory(process: psutil.Process) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--row_by_row", type=int, default=200_000, help="rows of the other arm")
     options = parser.parse_args()
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", options.rows)
-        size = (folder / "rows.jsonl").stat().st_size
         write_tokenizer(folder / "rows.jsonl", folder / "base")
-        arguments = [str(folder / "rows.jsonl"), str(folder / "base"), str(options.row_by_row), str(folder / "cache")]
-        others: list[dict[str, Any]] = []
-        for turn in ("row by row", "Manta", "row by row"):
-            if turn == "Manta":
-                prepared, seconds, peak = prepare(folder)
-                continue
-            command = [sys.executable, __file__, "--arm", *arguments]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=QUIET)
-            others.append(json.loads(done.stdout.splitlines()[-1]))
+        other = [sys.executable, __file__, "--arm", str(folder / "rows.jsonl"), str(folder / "base")]
+        before = run([*other, str(folder / "cache")])
+        ours = prepare(folder)
+        after = run([*other, str(folder / "cache")])
         again, second_start, _ = prepare(folder)
-        changed, _, _ = prepare(folder, f"{OUTPUT} ") if options.rows <= 20_000 else (None, 0, 0)
-        report = _report(options, prepared, seconds, peak, others)
-        report |= {"input_bytes": size, "second_start_seconds": second_start, "same_folder": again == prepared}
-        if changed:
-            report["other_folder_for_one_character"] = changed != prepared
+        changed = [_folder_of(folder, template) for template in (OUTPUT, f"{OUTPUT}.")]
+        report = _report(options.rows, ours, [before, after]) | {
+            "input_bytes": (folder / "rows.jsonl").stat().st_size,
+            "second_start_seconds": second_start,
+            "same_folder": again == ours[0],
+            "other_folder_for_one_character": changed[0] == ours[0] != changed[1],
+        }
     _write(report)
 
 
-def _report(
-    options: argparse.Namespace, prepared: Path, seconds: float, peak: float, others: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _report(rows: int, ours: tuple[str, float, int], others: list[tuple[str, float, int]]) -> dict[str, Any]:
     from manta.data.prepare import Prepared
 
-    counts = Prepared(prepared).counts["training"]
-    samples = Prepared(prepared).tokenized("training")[:1000]
-    same = all(samples[column] == others[0]["first"][column] for column in ("input_ids", "labels"))
-    speed = counts["tokens"] / seconds / CORES
-    other = statistics.median(arm["tokens"] / arm["seconds"] / CORES for arm in others)
+    prepared, seconds, peak = ours
+    tokens = Prepared(Path(prepared)).counts["training"]["tokens"]
+    samples = Prepared(Path(prepared)).tokenized("training")[:1000]
+    first = json.loads(others[0][0].splitlines()[-1])
+    other = statistics.median(arm[1] for arm in others)
     return {
         "date": datetime.date.today().isoformat(),
-        "rows": options.rows,
-        "tokens": counts["tokens"],
-        "seconds": seconds,
-        "peak_bytes": peak,
-        "same_labels": same,
-        "tokens_per_second_per_core": {"Manta": speed, "datasets.map, row by row": other},
-        "ratio": speed / other,
+        "rows": rows,
+        "tokens": tokens,
+        "seconds": {"Manta": seconds, "datasets.map, row by row": [arm[1] for arm in others]},
+        "peak_bytes": {"Manta": peak, "datasets.map, row by row": max(arm[2] for arm in others)},
+        "same_labels": all(samples[column] == first[column] for column in ("input_ids", "labels")),
+        "tokens_per_second_per_core": {
+            "Manta": tokens / seconds / CORES,
+            "datasets.map, row by row": tokens / other / CORES,
+        },
+        "ratio": other / seconds,
         "machine": f"{platform.machine()}, {CORES} cores",
         "versions": {name: version(name) for name in ("ray", "datasets", "tokenizers", "transformers")},
     }
@@ -177,9 +188,10 @@ def _write(report: dict[str, Any]) -> None:
         f"labels of the first 1,000 rows are the same: {report['same_labels']}.\n\n"
         "| arm | tokens/s per core |\n|---|---|\n"
         + "".join(f"| {arm} | {speed:,.0f} |\n" for arm, speed in speeds.items())
-        + f"\nRatio: {report['ratio']:.2f}. Manta took {report['seconds']:.0f} s with Ray's start, and at most "
-        f"{report['peak_bytes'] / 2**30:.2f} GiB in all its processes. A second start takes the folder in "
-        f"{report['second_start_seconds']:.1f} s.\n\nCommand: `python benchmarks/prepare.py`.\n"
+        + f"\nRatio: {report['ratio']:.2f}. Manta took {report['seconds']['Manta']:.0f} s with Ray's start, and at most"
+        f" {report['peak_bytes']['Manta'] / 2**30:.2f} GiB in all its processes. A second start takes the folder in "
+        f"{report['second_start_seconds']:.1f} s; one changed character in a template makes another: "
+        f"{report['other_folder_for_one_character']}.\n\nCommand: `python benchmarks/prepare.py`.\n"
     )
     name.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
@@ -187,6 +199,6 @@ def _write(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--arm"]:
-        row_by_row(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        row_by_row(*sys.argv[2:5])
     else:
         main()

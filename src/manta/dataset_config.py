@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,16 +14,17 @@ Format = Literal["auto", "template", "alpaca", "prompt_completion", "messages", 
 Level = Literal["error", "warning", "off"]
 
 
-def template_fields(template: str) -> list[str]:
-    """Field names in `template`, in order: `"Q: {question}"` → `["question"]`. Raises ValueError if malformed."""
-    fields = []
+@lru_cache(maxsize=256)
+def template_fields(template: str) -> tuple[str, ...]:
+    """Field names in `template`, in order: `"Q: {question}"` → `("question",)`. Raises ValueError if malformed."""
+    fields: list[str] = []
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion:
             raise ValueError(f"{{{name}}} is not a plain field name; write {{field}}, and {{{{ }}}} for literal braces")
         fields.append(name)
-    return fields
+    return tuple(fields)
 
 
 def parse_json(value: Any) -> Any:
@@ -92,7 +94,9 @@ class HFDatasetConfig(BaseModel):
     def _check_mapping(self) -> Self:
         fields = template_fields(self.input_template) + template_fields(self.output_template)
         if unused := set(self.field_mapping) - set(fields):
-            raise ValueError(f"field_mapping maps {sorted(unused)}, which neither template uses (they use {fields})")
+            raise ValueError(
+                f"field_mapping maps {sorted(unused)}, which neither template uses (they use {list(fields)})"
+            )
         return self
 
     @model_validator(mode="after")

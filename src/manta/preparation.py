@@ -17,6 +17,8 @@ from manta.data.shards import Job
 from manta.errors import UserError
 from manta.progress import say
 
+SHARDS_HERE = 2  # up to so many are prepared in this process: sooner done than Ray starts a worker
+
 
 def prepare_only(config: Config, console: Console | None = None) -> Path:
     """Prepare the data of `config` and return its folder; at once if it is there already. Raises UserError.
@@ -39,7 +41,8 @@ def prepared_by(config: Config, console: Console | None = None) -> Prepared:
         job = prepare.open_job(config, prepared)
         with ExitStack() as stack:
             stack.callback(prepare.forget_sources, prepared)
-            stack.enter_context(cluster.connected(config))
+            if job.shards > SHARDS_HERE:
+                stack.enter_context(cluster.connected(config))
             make(config, prepared, parts, job, console)
     return prepared
 
@@ -85,7 +88,7 @@ def make(config: Config, prepared: Prepared, parts: dict[str, Any], job: Job, co
         def show(done: int, total: int) -> None:
             status.update(f"prepare: {done:,}/{total:,} rows, {done / (time.time() - start):,.0f} rows/s")
 
-        prepare.prepare(config, prepared, parts, job, show)
+        prepare.prepare(config, prepared, parts, job, show, here=job.shards <= SHARDS_HERE)
     counts = prepared.counts
     splits = ", ".join(f"{counts[split]['rows']:,} {split}" for split in ("training", "validation", "test"))
     seconds = time.time() - start

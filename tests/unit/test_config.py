@@ -349,7 +349,7 @@ def test_the_default_template_holds_real_newlines():
 
 
 def test_template_fields_come_in_order_and_doubled_braces_are_text():
-    assert template_fields("{{json}} {b} {a} {b}") == ["b", "a", "b"]
+    assert template_fields("{{json}} {b} {a} {b}") == ("b", "a", "b")
     assert with_data(output_template='{{"x": {output}}}').hf_dataset_config.output_template == '{{"x": {output}}}'
 
 

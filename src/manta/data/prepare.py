@@ -38,6 +38,7 @@ from manta.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_SHARDS_A_TASK = 16
 PACKS = "packs.npz"
 CHAT_TEMPLATE = "chat_template.jinja"
 QUARANTINE = "quarantine.jsonl"
@@ -226,19 +227,23 @@ def _shards_on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
     context.verbose_stats_logs = False
     shared = ray.put(job)  # rows stay in their files: a task opens what it reads
 
-    def work(shard: dict[str, Any]) -> dict[str, Any]:
-        try:
-            result = shards.write_shard(ray.get(shared), int(shard["id"]))
-        except UserError as error:  # which Ray would wrap in a traceback of its own
-            result = {"error": str(error)}
-        return {"result": json.dumps(result)}
+    processes = min(job.shards, config.hf_dataset_config.num_proc)
+    # A task costs Ray about as much as a shard costs us: it takes several, and there are some tasks for each process.
+    together = max(1, min(_SHARDS_A_TASK, job.shards // (4 * processes)))
+
+    def work(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        first = int(task["id"]) * together
+        for shard in range(first, min(first + together, job.shards)):
+            try:
+                result = shards.write_shard(ray.get(shared), shard)
+            except UserError as error:  # which Ray would wrap in a traceback of its own
+                result = {"error": str(error)}
+            yield {"result": json.dumps(result)}
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the source need only exist on this node
-    tasks = ray.data.range(job.shards, override_num_blocks=job.shards).map(
-        work,
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(min(job.shards, config.hf_dataset_config.num_proc)),
-        label_selector=here,
+    count = -(-job.shards // together)
+    tasks = ray.data.range(count, override_num_blocks=count).flat_map(
+        work, num_cpus=1, compute=ray.data.TaskPoolStrategy(processes), label_selector=here
     )
     for row in tasks.iter_rows():
         result = json.loads(row["result"])
