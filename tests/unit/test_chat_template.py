@@ -105,7 +105,7 @@ def test_turns_tell_the_same_as_markers(own):
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_one_only(own):
     template = load_chat_template(own(FORGETFUL), None, {})
     messages = [{"role": m["role"], "content": f"[{i}]{m['content']}"} for i, m in enumerate(TURNS)]
-    with pytest.raises(BadRow, match=r"earlier turns otherwise once others follow.*--hfdc_train_on last"):
+    with pytest.raises(BadRow, match=r"earlier text otherwise once more follows.*--hfdc_train_on last"):
         template.render(conversation(messages, {}))
     last = conversation(messages, {}, "last")
     rendered = template.render(last, "last")
