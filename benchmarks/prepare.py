@@ -5,7 +5,7 @@
 The row-by-row arm (render, tokenize the whole text, tokenize the prompt again for its mask, as the guide does) maps the
 same file with as many processes as there are cores, before and after Manta's. The seconds of both are those of the
 whole command: imports, the reading of the file, and for Manta Ray's start. Memory is the proportional set size of a
-command and all processes it starts, looked at twice a second. Labels of both arms are compared. Results go to
+command and all processes it starts, looked at every two seconds. Labels of both arms are compared. Results go to
 benchmarks/results/<date>-prepare.{json,md}.
 """
 
@@ -109,7 +109,7 @@ def run(command: list[str]) -> tuple[str, float, int]:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _memory(psutil.Process(process.pid)))
-            time.sleep(0.5)
+            time.sleep(2)
         seconds = time.perf_counter() - start
         assert process.returncode == 0
         output.seek(0)

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from manta.data.lines import BadRow
 from manta.data.source import Row, Source
@@ -26,8 +26,7 @@ _ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A prompt, which is masked, and an answer, which is trained."""
 
     input: str
@@ -290,6 +289,8 @@ def _fill(template: str, config: HFDatasetConfig, row: Row) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     if value is None:
         return ""
     if not isinstance(value, dict | list):

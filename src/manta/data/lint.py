@@ -64,7 +64,8 @@ class Finding:
 
 def equal_rows(digests: np.ndarray) -> dict[str, dict[str, Any]]:
     """Duplicates in training and training rows that other splits have too, from records of dtype `shards.DIGEST`."""
-    training = np.sort(digests[digests["split"] == SPLITS.index("training")], order=["text", "row"])
+    training = digests[digests["split"] == SPLITS.index("training")]
+    training = training[np.lexsort((training["row"], training["text"]))]
     again = training["row"][1:][training["text"][1:] == training["text"][:-1]]
     held_out = digests["text"][digests["split"] != SPLITS.index("training")]
     shared = training["row"][np.isin(training["text"], held_out)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +56,7 @@ class Job:
         return max(index for index, source in enumerate(self.sources) if source.first_shard <= shard)
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """A usable row on its way to tokens: what people read of it, and what is tokenized."""
 
     row: int
@@ -150,9 +148,7 @@ def _parts(staging: Path, name: str) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def _encoder(model_id: str, trust_remote_code: bool) -> tokenize.Encoder:
-    encoder = tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
-    gc.freeze()  # what is loaded by now stays; looking through it took a third of the time
-    return encoder
+    return tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
 
 
 @lru_cache(maxsize=1)

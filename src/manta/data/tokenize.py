@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from manta import manifest
 from manta.errors import UserError
@@ -94,8 +94,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A text and the character spans [start, end) of it that are trained, in order and apart from each other.
 
     The text of a conversation (`chat`) holds its special tokens and stop tokens; to any other the tokenizer's own are
@@ -130,6 +129,8 @@ class Encoder:
             self.backend = _with_whole_spans(self.backend)
             self.backend.no_truncation()  # lengths are `fit`'s affair, and some tokenizers come with a limit
             self.backend.no_padding()
+            probe = self.backend.encode("a")
+            self.appends = probe.token_to_chars(len(probe.ids) - 1) is None
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
         """Prompts, which are masked, and answers, which are trained."""
@@ -147,7 +148,7 @@ class Encoder:
         samples: list[Sample | None] = []
         whole: dict[int, list[int]] = {}  # of the texts that must be tokenized in pieces
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            ids = encoding.ids if chat else self._without_appended(encoding)
+            ids = self._without_appended(encoding) if self.appends and not chat else encoding.ids
             divided = self._divide(text, ids, encoding)
             samples.append(None if divided is None else self._sample(text, divided))
             if divided is None:
@@ -175,10 +176,12 @@ class Encoder:
         pieces = []
         first = 0
         for number, edge in enumerate(edge for span in text.trained for edge in span):
-            # Ends never fall, so the first token that reaches past the edge is found by bisection.
-            last = bisect_right(range(len(ids)), edge, lo=first, key=end) if edge < len(text.text) else len(ids)
-            if last < len(ids) and (encoding.token_to_chars(last) or (edge,))[0] < edge:
-                return None
+            last = len(ids)
+            if edge < len(text.text):
+                # Ends never fall, so the first token that reaches past the edge is found by bisection.
+                last = bisect_right(range(len(ids)), edge, lo=first, key=end)
+                if last < len(ids) and (encoding.token_to_chars(last) or (edge,))[0] < edge:
+                    return None
             pieces.append((ids[first:last], number % 2 == 1))
             first = last
         return [*pieces, (ids[first:], False)]
