@@ -12,6 +12,7 @@ benchmarks/results/<date>-prepare.{json,md}.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -109,7 +110,8 @@ def run(command: list[str]) -> tuple[str, float, int]:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _memory(psutil.Process(process.pid)))
-            time.sleep(2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
         seconds = time.perf_counter() - start
         assert process.returncode == 0
         output.seek(0)
