@@ -32,6 +32,7 @@ check: install  ## lint, format, types, layering
 
 bench: install  ## measured ratios, written under benchmarks/results
 	$(BIN)/python benchmarks/labels.py
+	$(BIN)/python benchmarks/prepare.py
 
 clean:
 	rm -rf $(VENV) demo results prepared build dist
