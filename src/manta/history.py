@@ -25,7 +25,12 @@ def state(run: Run) -> str:
 def print_runs(results_dir: Path, console: Console) -> None:
     """One line per run in a folder, the newest last. What cannot be read is named, not left out."""
     folders = [path.parent for path in results_dir.glob("*/config.yaml")]
-    table = Table(box=None, padding=(0, 2), title=f"{len(folders)} runs in {results_dir}", title_justify="left")
+    table = Table(
+        box=None,
+        padding=(0, 2),
+        title=f"{len(folders)} run{'s' * (len(folders) != 1)} in {results_dir}",
+        title_justify="left",
+    )
     for heading in ("run", "state", "steps", "best eval_loss", "attempts", "last change"):
         table.add_column(heading)
     for folder in sorted(folders, key=_changed):

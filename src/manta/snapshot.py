@@ -71,8 +71,7 @@ def _listing(whole: list[Checkpoint], version: str) -> dict[str, Any]:
 
 
 def _result(checkpoint: Checkpoint) -> dict[str, Any]:
-    metrics = {
-        "step": checkpoint.step,
-        **{name: checkpoint.metrics[name] for name in (METRIC,) if name in checkpoint.metrics},
-    }
+    metrics: dict[str, Any] = {"step": checkpoint.step}
+    if METRIC in checkpoint.metrics:
+        metrics[METRIC] = checkpoint.metrics[METRIC]
     return {"version": 0, "checkpoint_dir_name": checkpoint.path.name, "metrics": metrics}

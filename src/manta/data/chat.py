@@ -150,17 +150,13 @@ class ChatTemplate:
         return frozenset(failed)
 
     def _write(
-        self,
-        template: str,
-        messages: list[Message],
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool = False,
-        marks: bool = False,
+        self, template: str, messages: list[Message], tools: list[dict[str, Any]] | None, **how: bool
     ) -> tuple[str, list[tuple[int, int]]]:
+        """`_render` with tool arguments as the template wants them. Raises BadRow where it fails."""
         if any("tool_calls" in message for message in messages) and template in self._with_arguments_as_text:
             messages = [_with_text_arguments(message) for message in messages]
         try:
-            return self._render(template, messages, tools, add_generation_prompt, marks)
+            return self._render(template, messages, tools, **how)
         except Exception as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
 
