@@ -158,7 +158,7 @@ def _rendered(row: dict[str, Any]) -> Rendered:
 def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> float | None:
     """Mean over the trained tokens of all rows, each cut to `max_length` tokens; None if no row has one."""
     encode = Encoder(tokenizer).encode
-    samples = [encode([_rendered(row)])[0] for row in rows]
+    samples = [encode([_rendered(row)])[0] for row in rows]  # one by one: a mixture has rows of both kinds
     fitted = [piece for sample in samples for piece in fit(sample, max_length, "truncate") if piece.trains]
     fitted.sort(key=lambda sample: len(sample.input_ids))
     total, tokens = 0.0, 0
