@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from manta.runs import METRIC, newest_path
 
 if TYPE_CHECKING:
+    from manta.saver import Saver
     from manta.trainer import MantaTrainer
 
 
@@ -93,22 +95,48 @@ class RayTrainReportCallback(TrainerCallback):
 
     Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
     their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
+    `saver` writes them in the background; without one they are there when this is called.
     """
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        from ray import train
+    def __init__(self, saver: Saver | None = None):
+        self.saver = saver
 
-        path = newest_path(Path(args.output_dir or "."), state.global_step)
-        metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder, step = Path(args.output_dir or "."), state.global_step
+        metrics: dict[str, Any] = {"step": step, "epoch": state.epoch}
         for log in state.log_history:
-            if log.get("step") == state.global_step:
+            if log.get("step") == step:
                 metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
-        train.report(
-            metrics,
-            checkpoint=train.Checkpoint.from_directory(path),
-            checkpoint_dir_name=path.name,
-            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
-        )
+
+        def report() -> None:
+            from ray import train
+
+            path = newest_path(folder, step)
+            train.report(
+                metrics,
+                checkpoint=train.Checkpoint.from_directory(path),
+                checkpoint_dir_name=path.name,
+                checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+            )
+
+        if self.saver:
+            self.saver.then(report)
+        else:
+            report()
+
+
+class StepCopyCallback(TrainerCallback):
+    """Copy what is trained at the start of the next step, when the evaluation and the save of the last are done."""
+
+    def __init__(self, trainer: MantaTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if trainer.copier and state.global_step > trainer.start_step:
+            trainer.copier.take(state.global_step, trainer.model, trainer.plain_optimizer(), trainer.about_copy)
 
 
 class ProgressCallback(TrainerCallback):
@@ -136,7 +164,16 @@ class ProgressCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._send(kind="checkpoint", step=state.global_step, attempt=self.attempt)
+            step, began, saver = state.global_step, time.time(), self.trainer.saver
+
+            def tell() -> None:
+                took = {
+                    "save_stall_s": round(saver.stall_s, 4),
+                    "save_s": round(time.time() - began + saver.stall_s, 4),
+                }
+                self._send(kind="checkpoint", step=step, attempt=self.attempt, **took)
+
+            saver.then(tell)
 
     def _send(self, **message: Any) -> None:
         if self.mailbox is not None:

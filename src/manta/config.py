@@ -92,6 +92,11 @@ class Config(BaseModel):
     early_stopping_threshold: float = Field(0.001, ge=0, description="Smallest fall of eval_loss that is improvement")
     save_steps: int = Field(100, ge=1, description="Steps between checkpoints; a best one is saved besides")
     save_total_limit: int = Field(2, ge=1, description="Best checkpoints kept; the newest is kept besides")
+    async_save: bool = Field(True, description="Write checkpoints beside training instead of waiting for them")
+    step_copies: Literal["auto", "every", "off"] = Field(
+        "auto",
+        description="Copy what is trained to two nodes' memory: as often as costs at most 3 %, after every step, never",
+    )
 
     # --- Data
     data_dir: str = Field(
@@ -224,6 +229,7 @@ class Config(BaseModel):
 NOT_SHAPING = frozenset(
     (
         *("resume_from_checkpoint", "stop_at_step", "logging_steps", "save_steps", "save_total_limit"),
+        *("async_save", "step_copies"),
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),

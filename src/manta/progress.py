@@ -30,6 +30,7 @@ class Mailbox:
         self.messages: list[dict[str, Any]] = []
         self.attempts = attempts  # of earlier drivers of the same run
         self.stop_wanted = False
+        self.actors: dict[str, tuple[str, Any]] = {}
 
     def begin_attempt(self) -> int:
         """Called by rank 0 of every new worker group; returns its number, from 1."""
@@ -45,6 +46,17 @@ class Mailbox:
 
     def put(self, message: dict[str, Any]) -> None:
         self.messages.append({"time": time.time(), **message})
+
+    def beside(self, nodes: list[str], kind: type) -> dict[str, str]:
+        """An actor of class `kind` on each of `nodes`, living as long as the driver: names, also of earlier ones."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        for node in set(nodes) - self.actors.keys():
+            name, there = f"{kind.__name__}-{uuid.uuid4().hex}", NodeAffinitySchedulingStrategy(node, soft=False)
+            options: Any = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": there}
+            self.actors[node] = (name, ray.remote(kind).options(**options).remote())
+        return {node: name for node, (name, _) in self.actors.items()}
 
     def drain(self) -> list[dict[str, Any]]:
         drained, self.messages = self.messages, []

@@ -5,6 +5,7 @@ The loop itself is the library's. What is overridden, and why, stands at each me
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from manta import checkpoint, lease, ledger
+from manta import checkpoint, copies, ledger
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
 from manta.runs import Run, checkpoint_path
+from manta.saver import Saver
 
+_LOG_IN_COPIES = 20  # lines
 _PADDING = 0  # ids under padding are masked everywhere; any valid id will do
 
 
@@ -36,20 +39,29 @@ def reseed(*parts: int) -> None:
 
 class MantaTrainer(Trainer):
     """`order` says which sequences a step takes, and `layout` how they become a batch; `run` is where
-    checkpoints go; `fingerprint` goes into each manifest.
+    checkpoints go, and `saver` writes them; `fingerprint` goes into each manifest.
 
     Attributes set while training, for callbacks: `tokens` counts the real (not padding) tokens of this worker's
-    current step.
+    current step; `entries` is what it consumed since the last complete checkpoint.
     """
 
     def __init__(
-        self, *, order: SampleOrder, layout: Layout, run: Run, fingerprint: str, start_step: int, **kwargs: Any
+        self,
+        *,
+        order: SampleOrder,
+        layout: Layout,
+        run: Run,
+        saver: Saver,
+        fingerprint: str,
+        start_step: int,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.order, self.layout, self.run, self.fingerprint = order, layout, run, fingerprint
-        self.start_step = self.saved_step = start_step
+        self.order, self.layout, self.run, self.saver, self.fingerprint = order, layout, run, saver, fingerprint
+        self.start_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
-        self.lease: str | None = None  # token without which no checkpoint is written
+        self.copier: copies.Copier | None = None
+        self.copy: copies.Copy | None = None  # what this attempt goes on from, if not from a checkpoint on disk
         self.tokens = 0
         self.entries: list[ledger.Entry] = []
         self._slot = 0
@@ -102,6 +114,9 @@ class MantaTrainer(Trainer):
 
         Stock Trainer would log the loss as 0.0, write the NaN into the weights and save them.
         """
+        self.saver.wait_copied()  # both read what the optimizer is about to change
+        if self.copier:
+            self.copier.wait_read()
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not np.isfinite(float(norm)):
@@ -167,18 +182,8 @@ class MantaTrainer(Trainer):
     # --- Checkpoints: the library refuses to write those of a model that was sharded at load.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint of this step, with the ledger of what it consumed."""
+        """Begin the checkpoint of this step, with the ledger of what it consumed since the one before."""
         step = self.state.global_step
-        if lost := checkpoint.gather(lease.loss(self.run.path, self.lease))[0]:
-            raise UserError(lost)
-        states: Any = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if hasattr(callback, "state"):
-                states[type(callback).__name__] = callback.state()
-        entries = [entry for part in checkpoint.gather(self.entries) for entry in part]
-        if self.is_world_process_zero():
-            ledger.write(self.run.ledger, self.saved_step, step, entries)
-        self.entries = []
         position = {
             "step": step,
             "samples": step * self.order.micro_batches * self.order.batch,
@@ -192,11 +197,36 @@ class MantaTrainer(Trainer):
             "world_size": self.args.world_size,
             "config_fingerprint": self.fingerprint,
         }
-        folder = checkpoint_path(self.run.path, step, self.taken)
-        checkpoint.save(folder, self.model, self._plain_optimizer(), self.lr_scheduler, self.state, position, about)
-        self.saved_step = step
+        taken = checkpoint.snapshot(
+            self.model, self.plain_optimizer(), self.lr_scheduler, self.state_to_save(), position
+        )
+        entries = self.entries_since_checkpoint()
+        self.saver.save(checkpoint_path(self.run.path, step, self.taken), taken, entries, about)
 
-    def _plain_optimizer(self) -> Any:
+    def state_to_save(self) -> Any:
+        """The library's TrainerState, with the state of its callbacks."""
+        states: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if hasattr(callback, "state"):
+                states[type(callback).__name__] = callback.state()
+        return self.state
+
+    def about_copy(self) -> dict[str, Any]:
+        """What a copy needs besides tensors. Of the log only its end, which grows with the run."""
+        state = dataclasses.replace(self.state_to_save(), log_history=self.state.log_history[-_LOG_IN_COPIES:])
+        return {
+            "state": checkpoint.state_text(state),
+            "scheduler": cast(Any, self.lr_scheduler).state_dict(),
+            "committed": self.saver.committed,
+            "entries": self.entries_since_checkpoint(),
+        }
+
+    def entries_since_checkpoint(self) -> list[ledger.Entry]:
+        """What this rank consumed since the last complete checkpoint; what is older is in the ledger on disk."""
+        self.entries = [entry for entry in self.entries if entry[0] >= self.saver.committed]
+        return list(self.entries)
+
+    def plain_optimizer(self) -> Any:
         """Without the library's wrapper, which torch's state-dict functions do not know."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
@@ -204,8 +234,10 @@ class MantaTrainer(Trainer):
         """Nothing left to do: the model was built from the checkpoint's weights."""
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
-        if checkpoint_path is not None:
-            checkpoint.load_optimizer(Path(checkpoint_path), self.model, self._plain_optimizer(), self.lr_scheduler)
+        if self.copy is not None:
+            self.copy.load(self.model, self.plain_optimizer(), self.lr_scheduler)
+        elif checkpoint_path is not None:
+            checkpoint.load_optimizer(Path(checkpoint_path), self.model, self.plain_optimizer(), self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: each micro-batch reseeds."""

@@ -6,27 +6,31 @@ import math
 import os
 import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import train
 
-from manta import checkpoint, model, progress
+from manta import checkpoint, copies, model, progress
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
     SaveForResumeCallback,
     SaveOnBestMetricCallback,
+    StepCopyCallback,
     StopOnRequestCallback,
 )
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Rows, SampleOrder
 from manta.data.prepare import Prepared
-from manta.errors import NonFiniteError, UserError
+from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
+from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed
 
 
@@ -49,7 +53,7 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     try:
         prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
         return _train(config, run, prepared, mailbox, given["lease"])
-    except (NonFiniteError, UserError) as error:
+    except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
 
 
@@ -61,19 +65,32 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
     placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
 
     resume, damaged = _resume_point(run, mailbox, rank)
-    start = 0 if resume is None else step_of(resume)
-    attempt = _announce(mailbox, rank, world, start)
+    node = ray.get_runtime_context().get_node_id()
+    names = copies.keepers(mailbox, checkpoint.gather(node)) if mailbox is not None else {}
+    copy = copies.newest(list(names.values()), 0 if resume is None else step_of(resume))
+    start = copy.step if copy else 0 if resume is None else step_of(resume)
+    attempt = _announce(mailbox, rank, world, start, "copy" if copy else "checkpoint" if resume else "start")
 
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     if config.packing:
         model.assert_documents_apart(network, config)
-    trainer = make_trainer(config, run, prepared, network, start, world, mailbox)
-    trainer.taken, trainer.lease = damaged, lease
+    committed = copy.committed if copy else start
+    saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
+    trainer = make_trainer(config, run, prepared, network, saver, start, world, mailbox)
+    trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
+    if mailbox is not None and config.step_copies != "off":
+        trainer.copier = copies.Copier(names, node, attempt, config.step_copies, partial(_note, mailbox, rank))
+    if copy:
+        trainer.copy, trainer.entries = copy, copy.entries if rank == 0 else []
 
-    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    begin = copy.folder if copy else resume
+    outcome = trainer.train(resume_from_checkpoint=str(begin) if begin else None)
+    saver.wait()
+    if trainer.copier:
+        trainer.copier.close()
     trainer.save_metrics("train", outcome.metrics)
     state = trainer.state
     return {
@@ -96,7 +113,14 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
 
 
 def make_trainer(
-    config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int, mailbox: Any = None
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    network: Any,
+    saver: Saver,
+    start: int,
+    world: int,
+    mailbox: Any = None,
 ) -> MantaTrainer:
     """The trainer over prepared data, with the callbacks that decide when to save and stop."""
     from transformers import EarlyStoppingCallback
@@ -113,12 +137,12 @@ def make_trainer(
         StopOnRequestCallback(mailbox),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
-        RayTrainReportCallback(),
+        RayTrainReportCallback(saver),
     ]
     if config.evaluates and config.early_stopping_patience:
         patience = EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold)
         callbacks.insert(0, patience)
-    return MantaTrainer(
+    trainer = MantaTrainer(
         model=network,
         args=training_arguments(config, run, network.device.type, -(-micro_batches // world)),
         train_dataset=training,
@@ -127,9 +151,12 @@ def make_trainer(
         order=order,
         layout=model.layout(config, network.device.type),
         run=run,
+        saver=saver,
         fingerprint=config.fingerprint(),
         start_step=start,
     )
+    trainer.add_callback(StepCopyCallback(trainer))
+    return trainer
 
 
 def training_arguments(config: Config, run: Run, device: str, accumulation: int) -> Any:
@@ -198,20 +225,29 @@ def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Colle
     committed = train.get_checkpoint()
     preferred = Path(committed.path) if committed else None
     resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
-    if rank == 0 and mailbox is not None:
-        for name, problem in damaged.items():
-            mailbox.put.remote({"kind": "note", "text": f"{name} is not used: {problem}"})
+    for name, problem in damaged.items():
+        _note(mailbox, rank, f"{name} is not used: {problem}")
     return resume, damaged
 
 
-def _announce(mailbox: Any, rank: int, world: int, start: int) -> int:
-    import ray
+def _note(mailbox: Any, rank: int, text: str) -> None:
+    if rank == 0 and mailbox is not None:
+        mailbox.put.remote({"kind": "note", "text": text})
 
+
+def _announce(mailbox: Any, rank: int, world: int, start: int, source: str) -> int:
     about = checkpoint.gather({"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()})
     attempt = [0]
     if rank == 0 and mailbox is not None:
         attempt = [ray.get(mailbox.begin_attempt.remote())]
         mailbox.put.remote(
-            {"kind": "attempt", "attempt": attempt[0], "world_size": world, "step": start, "workers": about}
+            {
+                "kind": "attempt",
+                "attempt": attempt[0],
+                "world_size": world,
+                "step": start,
+                "source": source,
+                "workers": about,
+            }
         )
     return checkpoint.gather(attempt[0])[0]
