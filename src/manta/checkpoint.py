@@ -100,15 +100,15 @@ def write(folder: Path, taken: Snapshot, about: dict[str, Any], group: Any = Non
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         return manifest.digests(folder, names[rank() :: world()])
 
-    _together(begin if first else None, group)
-    _together(lambda: _write_weights(folder / WEIGHTS, taken, group), group)
-    _together(
+    together(begin if first else None, group)
+    together(lambda: _write_weights(folder / WEIGHTS, taken, group), group)
+    together(
         lambda: dcp.save({"optimizer": taken.optimizer}, checkpoint_id=folder / OPTIMIZER, process_group=group), group
     )
-    _together(add_texts if first else None, group)
-    files = {name: about for part in _together(digest, group) for name, about in part.items()}
+    together(add_texts if first else None, group)
+    files = {name: about for part in together(digest, group) for name, about in part.items()}
     close = {"kind": "checkpoint", **about}
-    _together((lambda: manifest.close(folder, dict(sorted(files.items())), close)) if first else None, group)
+    together((lambda: manifest.close(folder, dict(sorted(files.items())), close)) if first else None, group)
 
 
 def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
@@ -160,7 +160,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def _together(act: Callable[[], Any] | None, group: Any) -> list[Any]:
+def together(act: Callable[[], Any] | None, group: Any = None) -> list[Any]:
     """What `act` returns on each rank. Raises StorageError everywhere if it raised anywhere, so that no rank waits."""
     result, problem = None, None
     try:

@@ -118,10 +118,13 @@ class Saver:
             raise UserError(lost)
         parts = checkpoint.gather(entries, self.group)
         new = [entry for part in parts for entry in part if entry[0] >= self.committed]
+
+        def write_ledger() -> None:
+            ledger.write(self.run.ledger, self.committed, step, new)
+
         for pause in (*TRIES_AFTER_S, None):
             try:
-                if checkpoint.rank() == 0:
-                    ledger.write(self.run.ledger, self.committed, step, new)
+                checkpoint.together(write_ledger if checkpoint.rank() == 0 else None, self.group)
                 checkpoint.write(folder, taken, about, self.group)
                 break
             except StorageError as error:
