@@ -28,6 +28,7 @@ from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, UserError
 from manta.runs import METRIC, Run, step_of
 from manta.trainer import MantaTrainer, reseed
+from manta.watchdog import ProgressOfLoop, Watchdog
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +49,18 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     _log_to_file(run)
     try:
         prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared, mailbox, given["lease"])
+        with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
+            return _train(config, run, prepared, mailbox, given["lease"], watchdog)
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
+    except (RuntimeError, MemoryError) as error:
+        _tell_if_out_of_memory(error, mailbox)
+        raise
 
 
-def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
+def _train(
+    config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None, watchdog: Watchdog
+) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = train.get_context()
@@ -62,16 +69,17 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
 
     resume, damaged = _resume_point(run, mailbox, rank)
     start = 0 if resume is None else step_of(resume)
-    attempt = _announce(mailbox, rank, world, start)
+    verdict = _announce(mailbox, rank, start)
 
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     if config.packing:
         model.assert_documents_apart(network, config)
-    trainer = make_trainer(config, run, prepared, network, start, world, mailbox)
+    trainer = make_trainer(config, run, prepared, network, start, world, mailbox, verdict["split"])
     trainer.taken, trainer.lease = damaged, lease
-    trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
+    trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
+    trainer.add_callback(ProgressOfLoop(watchdog))
 
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_metrics("train", outcome.metrics)
@@ -96,11 +104,22 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
 
 
 def make_trainer(
-    config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int, mailbox: Any = None
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    network: Any,
+    start: int,
+    world: int,
+    mailbox: Any = None,
+    split: int = 1,
 ) -> MantaTrainer:
-    """The trainer over prepared data, with the callbacks that decide when to save and stop."""
+    """The trainer over prepared data, with the callbacks that decide when to save and stop.
+
+    `split` divides each micro-batch into as many smaller ones, for want of memory.
+    """
     from transformers import EarlyStoppingCallback
 
+    fingerprint, config = config.fingerprint(), _divided(config, split)
     training = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
     validation = None
     if config.evaluates:
@@ -127,8 +146,21 @@ def make_trainer(
         order=order,
         layout=model.layout(config, network.device.type),
         run=run,
-        fingerprint=config.fingerprint(),
+        fingerprint=fingerprint,
         start_step=start,
+        skip_non_finite=config.non_finite == "skip",
+        mailbox=mailbox,
+    )
+
+
+def _divided(config: Config, split: int) -> Config:
+    """The same samples per step, in micro-batches of a `split`-th of the rows, and `split` times as many."""
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": config.per_device_train_batch_size // split,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * split,
+            "per_device_eval_batch_size": max(1, config.per_device_eval_batch_size // split),
+        }
     )
 
 
@@ -204,14 +236,29 @@ def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Colle
     return resume, damaged
 
 
-def _announce(mailbox: Any, rank: int, world: int, start: int) -> int:
+def _announce(mailbox: Any, rank: int, start: int) -> dict[str, Any]:
+    """Begin an attempt; the mailbox's verdict on it, the same on all ranks.
+
+    Raises UserError if what happened before is a reason not to go on.
+    """
     import ray
 
-    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()})
-    attempt = [0]
+    node = {"node": ray.util.get_node_ip_address(), "node_id": ray.get_runtime_context().get_node_id()}
+    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), **node})
+    verdict = {"attempt": 0, "split": 1, "stop": None}
     if rank == 0 and mailbox is not None:
-        attempt = [ray.get(mailbox.begin_attempt.remote())]
-        mailbox.put.remote(
-            {"kind": "attempt", "attempt": attempt[0], "world_size": world, "step": start, "workers": about}
-        )
-    return checkpoint.gather(attempt[0])[0]
+        verdict = ray.get(mailbox.begin_attempt.remote(start, about, source="checkpoint" if start else "start"))
+    verdict = checkpoint.gather(verdict)[0]
+    if verdict["stop"]:
+        raise UserError(verdict["stop"])
+    return verdict
+
+
+def _tell_if_out_of_memory(error: BaseException, mailbox: Any) -> None:
+    """Before the error is raised: the next attempt's micro-batches depend on it."""
+    import ray
+
+    wanted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if wanted and mailbox is not None:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))
