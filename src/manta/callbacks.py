@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta.runs import METRIC, newest_path
+from manta import preemption
+from manta.progress import GO_ON, SAVE, STOP
+from manta.runs import METRIC, Run, newest_path
 
 if TYPE_CHECKING:
     from manta.saver import Saver
@@ -30,15 +32,19 @@ class SaveOnBestMetricCallback(TrainerCallback):
 
 
 class StopOnRequestCallback(TrainerCallback):
-    """Stop after the step at which all ranks know that the driver was asked to end (SIGTERM); the save comes with it.
+    """Save, or save and stop, after the step at which all ranks know that it is wanted: because the driver was asked to
+    end (SIGTERM), a node will be taken away, this worker was asked to end, or Ray is about to start more workers.
 
-    Rank 0 looks whether its last question to the mailbox has been answered, and never waits for it.
+    The ranks agree on the strongest word of all. Rank 0 looks whether its last question to the mailbox has been
+    answered, and never waits for it. A worker that was asked to end does so once a checkpoint of that step is whole.
     """
 
     def __init__(self, mailbox: Any):
         self.mailbox = mailbox
         self.asked: Any = None
         self.group: Any = None
+        self.leaving_nodes: list[str] = []
+        self.save_before_leaving: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,25 +52,42 @@ class StopOnRequestCallback(TrainerCallback):
         if dist.is_initialized() and dist.get_backend() != "gloo":  # a word between hosts need not wait for the GPU
             self.group = dist.new_group(backend="gloo")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop = torch.tensor([self._is_asked_to_stop() if args.process_index == 0 else False], dtype=torch.uint8)
-        if dist.is_initialized():
-            dist.broadcast(stop, src=0, group=self.group)
-        if stop.item():
-            control.should_training_stop = True
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.save_before_leaving is not None:
+            latest = Run(Path(args.output_dir or ".")).latest()
+            if latest and latest.step >= self.save_before_leaving:
+                preemption.leave(self.mailbox, args.process_index)
 
-    def _is_asked_to_stop(self) -> bool:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        leaving = preemption.asked_to_leave.is_set() and self.save_before_leaving is None
+        heard = max(self._heard_by_the_first() if args.process_index == 0 else GO_ON, SAVE if leaving else GO_ON)
+        word = torch.tensor([heard], dtype=torch.uint8)
+        if dist.is_initialized():
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group)
+        if leaving:
+            self.save_before_leaving = state.global_step
+        control.should_save = control.should_save or word.item() == SAVE
+        control.should_training_stop = control.should_training_stop or word.item() == STOP
+
+    def _heard_by_the_first(self) -> int:
+        """What the mailbox wants; a save too when the cluster says that other nodes than before will be taken away."""
         import ray
 
         if self.mailbox is None:
-            return False
+            return GO_ON
+        word = GO_ON
+        if (leaving := preemption.leaving_nodes()) != self.leaving_nodes:
+            self.leaving_nodes, word = leaving, SAVE
+            self.mailbox.preempted.remote(leaving)
         if self.asked is None:
-            self.asked = self.mailbox.is_stop_wanted.remote()
+            self.asked = self.mailbox.wanted.remote()
         answered, _ = ray.wait([self.asked], timeout=0)
         if not answered:
-            return False
+            return word
         answer, self.asked = self.asked, None
-        return ray.get(answer)
+        return max(word, ray.get(answer))
 
 
 class SaveForResumeCallback(TrainerCallback):
@@ -144,6 +167,12 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, mailbox: Any, trainer: MantaTrainer, attempt: int):
         self.mailbox, self.trainer, self.attempt = mailbox, trainer, attempt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.mailbox is not None:
+            self.mailbox.entered_loop.remote()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The library counts epochs from this call's own loader, which starts anew after a resume.

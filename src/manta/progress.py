@@ -18,34 +18,93 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from manta.attempts import Attempts, Cause
+
 NAMESPACE = "manta"
 _POLL_S = 0.25
 _PLAIN_EVERY_S = 5.0
 
 
-class Mailbox:
-    """Ray actor on the driver's node: a queue of messages, and the count of attempts."""
+# What all ranks agree on after a step; the larger wins.
+GO_ON, SAVE, STOP = 0, 1, 2
 
-    def __init__(self, attempts: int) -> None:
+
+class Mailbox:
+    """Ray actor on the driver's node: a queue of messages, what workers are asked to do, and the judge of failures."""
+
+    def __init__(self, attempts: Attempts) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.attempts = attempts  # of earlier drivers of the same run
-        self.stop_wanted = False
+        self.attempts = attempts
+        self.stop_wanted = self.save_wanted = False
         self.actors: dict[str, tuple[str, Any]] = {}
 
-    def begin_attempt(self) -> int:
-        """Called by rank 0 of every new worker group; returns its number, from 1."""
-        self.attempts += 1
-        return self.attempts
+    def begin_attempt(self, step: int, workers: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
+        """Called by rank 0 of every new worker group, which starts from `step`.
+
+        Returns `attempt`, its number from 1, `split`, into how many parts micro-batches are divided, and `stop`, why
+        not to go on, or None.
+        """
+        import ray
+
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        stop = self.attempts.begin(step, [worker["node_id"] for worker in workers], alive)
+        self._pass_on()
+        verdict = {"attempt": self.attempts.number, "split": self.attempts.split, "stop": stop}
+        if stop is None:
+            self.put(
+                {
+                    "kind": "attempt",
+                    "attempt": verdict["attempt"],
+                    "world_size": len(workers),
+                    "step": step,
+                    "workers": workers,
+                    "split": verdict["split"],
+                    **about,
+                }
+            )
+        return verdict
+
+    def failed(self, group: int, cause: Cause, text: str) -> str | None:
+        """Called by Ray's controller; returns why the run must end, if it must."""
+        stop = self.attempts.failed(group, cause, text)
+        self._pass_on()
+        self.put({"kind": "restart", "text": text})
+        return stop
+
+    def report(self, cause: Cause, text: str) -> None:
+        """Called by a worker right before it ends, so that its silence is understood."""
+        self.attempts.report(cause, text)
+
+    def entered_loop(self) -> None:
+        self.attempts.entered_loop()
+
+    def preempted(self, nodes: list[str]) -> None:
+        self.attempts.preempted(nodes)
 
     def want_stop(self) -> None:
         """Called by the driver that was asked to end."""
         self.stop_wanted = True
 
-    def is_stop_wanted(self) -> bool:
-        return self.stop_wanted
+    def want_save(self) -> None:
+        self.save_wanted = True
+
+    def wanted(self) -> int:
+        """What the workers are asked to do; a save is asked for once."""
+        word = STOP if self.stop_wanted else SAVE if self.save_wanted else GO_ON
+        self.save_wanted = False
+        return word
 
     def put(self, message: dict[str, Any]) -> None:
         self.messages.append({"time": time.time(), **message})
+        if message["kind"] == "step":
+            self.attempts.finished(message["step"])
+        elif message["kind"] == "checkpoint":
+            self.attempts.saved(message["step"])
+
+    def _pass_on(self) -> None:
+        events, self.attempts.events = self.attempts.events, []
+        for event in events:
+            self.put(event)
 
     def beside(self, nodes: list[str], kind: type) -> dict[str, str]:
         """An actor of class `kind` on each of `nodes`, living as long as the driver: names, also of earlier ones."""
@@ -63,8 +122,8 @@ class Mailbox:
         return drained
 
 
-def open_mailbox(attempts: int) -> tuple[Any, str]:
-    """A mailbox by the driver, for a run that has had `attempts` already, and its name; it ends with its handle."""
+def open_mailbox(attempts: Attempts) -> tuple[Any, str]:
+    """A mailbox by the driver and its name; it ends with its handle."""
     import ray
 
     name = f"mailbox-{uuid.uuid4().hex}"
@@ -130,7 +189,7 @@ class Monitor:
             self.last_step_time = message["time"]
         elif kind == "log":
             append_json(self.metrics, message)
-        else:
+        elif kind != "restart":  # what the judged failure will say again
             append_json(self.events, message)
         self.display.take(message)
 
@@ -180,6 +239,8 @@ class Display:
                 self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
         elif kind == "note":
             self.note(message["text"])
+        elif kind == "restart":
+            self.note(f"the workers ended: {message['text']}")
         self._show(force=kind == "log" and "eval_loss" in message)
 
     def note(self, text: str) -> None:

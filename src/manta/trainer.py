@@ -28,6 +28,7 @@ from manta.runs import Run, checkpoint_path
 from manta.saver import Saver
 
 _LOG_IN_COPIES = 20  # lines
+MOST_SKIPPED = 5  # steps in a row that are left out for their gradient, before it is no accident
 _PADDING = 0  # ids under padding are masked everywhere; any valid id will do
 
 
@@ -54,9 +55,14 @@ class MantaTrainer(Trainer):
         saver: Saver,
         fingerprint: str,
         start_step: int,
+        skip_non_finite: bool = False,
+        mailbox: Any = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.skip_non_finite, self.mailbox = skip_non_finite, mailbox
+        self.skipped: list[int] = []  # steps without an update, one after the other
+        self._loss_before: Any = None
         self.order, self.layout, self.run, self.saver, self.fingerprint = order, layout, run, saver, fingerprint
         self.start_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
@@ -99,6 +105,7 @@ class MantaTrainer(Trainer):
         """One micro-batch, with randomness of its own: dropout is the same on whichever rank it runs."""
         if self._slot == 0:
             self.tokens = 0
+            self._loss_before = self._tr_loss.clone()
         index = self._slot * self.args.world_size + self.args.process_index
         self._slot = (self._slot + 1) % self.args.gradient_accumulation_steps
         rows = [row for row in inputs.pop("rows").tolist() if row != MASKED]
@@ -110,9 +117,10 @@ class MantaTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before the optimizer step on a NaN or infinite gradient; the norm is global, so all ranks stop.
+        """Stop before the optimizer step on a NaN or infinite gradient, or leave the step out if that is allowed.
 
-        Stock Trainer would log the loss as 0.0, write the NaN into the weights and save them.
+        The norm is global, so all ranks do the same. Stock Trainer would log the loss as 0.0, write the NaN into the
+        weights and save them.
         """
         self.saver.wait_copied()  # both read what the optimizer is about to change
         if self.copier:
@@ -123,12 +131,24 @@ class MantaTrainer(Trainer):
             step, sequences = self.state.global_step, cast(Rows, self.train_dataset)
             entries = [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
             rows = sorted(source for _, _, rows in entries for row in rows for source in sequences.sources(row))
-            raise NonFiniteError(
+            text = (
                 f"The gradient of step {step + 1} is {float(norm)}; nothing of that step was kept. Its samples are the "
-                f"source rows {rows} (see `row` in training.jsonl). Look at them, lower --learning_rate, or try "
-                "--dtype float32."
+                f"source rows {rows} (see `row` in training.jsonl)."
             )
+            self.skipped = [*(self.skipped if step in self.skipped else []), step + 1]
+            if not self.skip_non_finite or len(self.skipped) == MOST_SKIPPED:
+                raise NonFiniteError(f"{text} Look at them, lower --learning_rate, or try --dtype float32.")
+            return self._leave_out(model, text)
         return norm
+
+    def _leave_out(self, model: Any, text: str) -> None:
+        """No gradients: the optimizer then changes neither weights nor its own state. The loss is not logged."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # the mean of the logged steps has one less
+        if self.is_world_process_zero() and self.mailbox is not None:
+            self.mailbox.put.remote({"kind": "note", "text": text, "skipped_step": self.skipped[-1]})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Without empty groups: LoRA leaves the no-decay one empty, and a flattened load reads each group's first."""
@@ -156,6 +176,7 @@ class MantaTrainer(Trainer):
             rows += int((inputs.pop("rows") != MASKED).sum())
             del inputs["tokens"]
             count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model_wrapped(**self._prepare_inputs(inputs)).loss
             if count:  # the loss of a fully masked batch is NaN: a mean of nothing

@@ -32,6 +32,7 @@ from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed
+from manta.watchdog import ProgressOfLoop, Watchdog
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -52,12 +53,18 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     _log_to_file(run)
     try:
         prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared, mailbox, given["lease"])
+        with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
+            return _train(config, run, prepared, mailbox, given["lease"], watchdog)
     except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
+    except (RuntimeError, MemoryError) as error:
+        _tell_if_out_of_memory(error, mailbox)
+        raise
 
 
-def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
+def _train(
+    config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None, watchdog: Watchdog
+) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = train.get_context()
@@ -69,7 +76,7 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
     names = copies.keepers(mailbox, checkpoint.gather(node)) if mailbox is not None else {}
     copy = copies.newest(list(names.values()), 0 if resume is None else step_of(resume))
     start = copy.step if copy else 0 if resume is None else step_of(resume)
-    attempt = _announce(mailbox, rank, world, start, "copy" if copy else "checkpoint" if resume else "start")
+    verdict = _announce(mailbox, rank, start, "copy" if copy else "checkpoint" if resume else "start")
 
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
@@ -78,11 +85,13 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
         model.assert_documents_apart(network, config)
     committed = copy.committed if copy else start
     saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
-    trainer = make_trainer(config, run, prepared, network, saver, start, world, mailbox)
+    trainer = make_trainer(config, run, prepared, network, saver, start, world, mailbox, verdict["split"])
     trainer.taken = damaged
-    trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
+    trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
+    trainer.add_callback(ProgressOfLoop(watchdog))
     if mailbox is not None and config.step_copies != "off":
-        trainer.copier = copies.Copier(names, node, attempt, config.step_copies, partial(_note, mailbox, rank))
+        say = partial(_note, mailbox, rank)
+        trainer.copier = copies.Copier(names, node, verdict["attempt"], config.step_copies, say)
     if copy:
         trainer.copy, trainer.entries = copy, copy.entries if rank == 0 else []
 
@@ -121,10 +130,15 @@ def make_trainer(
     start: int,
     world: int,
     mailbox: Any = None,
+    split: int = 1,
 ) -> MantaTrainer:
-    """The trainer over prepared data, with the callbacks that decide when to save and stop."""
+    """The trainer over prepared data, with the callbacks that decide when to save and stop.
+
+    `split` divides each micro-batch into as many smaller ones, for want of memory.
+    """
     from transformers import EarlyStoppingCallback
 
+    fingerprint, config = config.fingerprint(), _divided(config, split)
     training = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
     validation = None
     if config.evaluates:
@@ -152,11 +166,24 @@ def make_trainer(
         layout=model.layout(config, network.device.type),
         run=run,
         saver=saver,
-        fingerprint=config.fingerprint(),
+        fingerprint=fingerprint,
         start_step=start,
+        skip_non_finite=config.non_finite == "skip",
+        mailbox=mailbox,
     )
     trainer.add_callback(StepCopyCallback(trainer))
     return trainer
+
+
+def _divided(config: Config, split: int) -> Config:
+    """The same samples per step, in micro-batches of a `split`-th of the rows, and `split` times as many."""
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": config.per_device_train_batch_size // split,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * split,
+            "per_device_eval_batch_size": max(1, config.per_device_eval_batch_size // split),
+        }
+    )
 
 
 def training_arguments(config: Config, run: Run, device: str, accumulation: int) -> Any:
@@ -235,19 +262,25 @@ def _note(mailbox: Any, rank: int, text: str) -> None:
         mailbox.put.remote({"kind": "note", "text": text})
 
 
-def _announce(mailbox: Any, rank: int, world: int, start: int, source: str) -> int:
-    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()})
-    attempt = [0]
+def _announce(mailbox: Any, rank: int, start: int, source: str) -> dict[str, Any]:
+    """Begin an attempt; the mailbox's verdict on it, the same on all ranks.
+
+    Raises UserError if what happened before is a reason not to go on.
+    """
+    node = {"node": ray.util.get_node_ip_address(), "node_id": ray.get_runtime_context().get_node_id()}
+    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), **node})
+    verdict = {"attempt": 0, "split": 1, "stop": None}
     if rank == 0 and mailbox is not None:
-        attempt = [ray.get(mailbox.begin_attempt.remote())]
-        mailbox.put.remote(
-            {
-                "kind": "attempt",
-                "attempt": attempt[0],
-                "world_size": world,
-                "step": start,
-                "source": source,
-                "workers": about,
-            }
-        )
-    return checkpoint.gather(attempt[0])[0]
+        verdict = ray.get(mailbox.begin_attempt.remote(start, about, source=source))
+    verdict = checkpoint.gather(verdict)[0]
+    if verdict["stop"]:
+        raise UserError(verdict["stop"])
+    return verdict
+
+
+def _tell_if_out_of_memory(error: BaseException, mailbox: Any) -> None:
+    """Before the error is raised: the next attempt's micro-batches depend on it."""
+    wanted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if wanted and mailbox is not None:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))
