@@ -239,6 +239,8 @@ class Display:
                 self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
         elif kind == "note":
             self.note(message["text"])
+        elif kind == "failure":
+            self.note(f"attempt {message['attempt']} ended, {message['cause'].replace('_', ' ')}: {message['text']}")
         elif kind == "restart":
             self.note(f"the workers ended: {message['text']}")
         self._show(force=kind == "log" and "eval_loss" in message)

@@ -25,11 +25,13 @@ class Watchdog:
     def __init__(self, timeout_s: float, mailbox: Any, rank: int):
         self.timeout_s, self.mailbox, self.rank = timeout_s, mailbox, rank
         self.last = time.monotonic()
+        self._every = min(timeout_s / 4, 10)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="manta-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self.timeout_s:
+            self._arm()
             self._thread.start()
         return self
 
@@ -43,13 +45,15 @@ class Watchdog:
         self.last = time.monotonic()
 
     def _watch(self) -> None:
-        every = min(self.timeout_s / 4, 10)
-        while not self._stop.wait(every):
+        while not self._stop.wait(self._every):
             silent = time.monotonic() - self.last
             if silent > self.timeout_s:
                 self._end(silent)
-            # In C, for a thread that holds the interpreter's lock, which keeps this one from running.
-            faulthandler.dump_traceback_later(self.timeout_s + 2 * every, exit=True)
+            self._arm()
+
+    def _arm(self) -> None:
+        """In C, for a thread that holds the interpreter's lock, which keeps ours from running."""
+        faulthandler.dump_traceback_later(self.timeout_s + 2 * self._every, exit=True)
 
     def _end(self, silent: float) -> None:
         print(f"manta: no progress for {silent:.0f} s; the stacks of all threads follow", file=sys.stderr, flush=True)

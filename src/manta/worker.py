@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Collection
 from functools import partial
@@ -33,6 +34,9 @@ from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed
 from manta.watchdog import ProgressOfLoop, Watchdog
+
+# torch raises a class of its own for the allocator of a GPU only; on CPU, in NCCL and in cuBLAS it is a RuntimeError.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +284,7 @@ def _announce(mailbox: Any, rank: int, start: int, source: str) -> dict[str, Any
 
 def _tell_if_out_of_memory(error: BaseException, mailbox: Any) -> None:
     """Before the error is raised: the next attempt's micro-batches depend on it."""
-    wanted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-    if wanted and mailbox is not None:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))
+    if mailbox is None or not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+        return
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))

@@ -13,7 +13,7 @@ from manta.data.source import SPLITS, assign_splits
 from manta.errors import TrainingError
 from manta.runs import Run
 from manta.train import train
-from running import lines, logged, order_of, prepared_of, small_config, weights
+from running import lines, logged, max_difference, order_of, prepared_of, small_config, weights
 from tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -101,3 +101,37 @@ def test_nan_from_one_row_stops_at_its_step_and_names_it(tmp_path, clip):
     assert run.latest().step == step - 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(run, step - 1).values())
     assert list(logged(run, "loss")) == list(range(1, step))
+
+
+def test_a_step_may_be_left_out(tmp_path):
+    """The one poisoned step changes nothing; the others are as they would be."""
+    tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    config = small_config(
+        tmp_path,
+        run_name="skipped",
+        eval_steps=0,
+        save_steps=1,
+        save_total_limit=20,
+        non_finite="skip",
+        num_workers=2,
+        data={"train_split_ratio": 1.0},
+    )
+    poison(tmp_path, 17)
+    result = train(config)
+    run = Run(Path(result["run"]))
+    (note,) = [event for event in lines(run.events_file) if "skipped_step" in event]
+    step = note["skipped_step"]
+    assert result["status"] == "finished" and result["skipped_steps"] == 1
+    assert f"step {step} is nan" in note["text"] and "17" in note["text"] and 17 in source_rows(config, step - 1)
+    assert sorted(logged(run, "loss")) == [number for number in range(1, 13) if number != step]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(run, 12).values())
+    assert max_difference(weights(run, step), weights(run, step - 1)) == 0
+    assert max_difference(weights(run, step + 1), weights(run, step)) > 0
+
+
+def test_five_steps_in_a_row_are_no_accident(tmp_path):
+    tiny_model(tmp_path / "base")
+    spoil(tmp_path / "base", "model.layers.1.mlp.down_proj.weight", 3, float("inf"))
+    run, message = failure(small_config(tmp_path, run_name="hopeless", eval_steps=0, non_finite="skip"))
+    assert "step 5 is nan" in message
+    assert run.result()["skipped_steps"] == 4 and run.result()["attempts"] == 1

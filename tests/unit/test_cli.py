@@ -149,3 +149,20 @@ def test_config_errors_are_value_errors():
         flags("--seed", "-1")
     with pytest.raises(ValueError, match="seed"):
         flags("--seed", "-1")
+
+
+def test_resume_takes_the_runs_own_settings_and_flags_win(tmp_path):
+    from manta.cli import config_from_flags
+    from manta.errors import UserError
+    from manta.runs import Run, of
+
+    run = Run(tmp_path / "results" / "mine")
+    started = Config(learning_rate=1e-3, num_workers="1:4", nominal_workers=4, run_name="mine")
+    run.start(started.model_copy(update={"results_dir": "moved/away"}), tmp_path)
+    config = config_from_flags({"max_failures": "7", "config": None}, resumed=str(run.path))
+    assert of(config).path == run.path
+    assert config.learning_rate == 1e-3 and config.num_workers == "1:4" and config.max_failures == 7
+    with pytest.raises(UserError, match="not a run"):
+        config_from_flags({}, resumed=str(tmp_path))
+    with pytest.raises(UserError, match="leave out --config"):
+        config_from_flags({"config": "recipe.yaml"}, resumed=str(run.path))

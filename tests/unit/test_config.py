@@ -135,6 +135,11 @@ ELSEWHERE = {
     "sharding_strategy": "NO_SHARD",
     "fsdp_cpu_offload": True,
     "max_failures": 7,
+    "max_node_losses": 7,
+    "resize_check_s": 7.0,
+    "step_timeout_s": 7,
+    "out_of_memory": "stop",
+    "non_finite": "skip",
     "torch_timeout_s": 7,
     "results_dir": "elsewhere",
     "run_name": "mine",
@@ -520,3 +525,23 @@ def test_the_config_imports_no_heavy_library():
     code = f"import sys, manta.config, manta.manifest, manta.runs; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant", "fewest_and_most"),
+    [("3", 3, (3, 3)), ("1:4", "1:4", (1, 4)), ("2:2", 2, (2, 2)), (" 1 : 4", None, None), (None, None, None)],
+)
+def test_workers_are_a_number_or_a_range(given, meant, fewest_and_most):
+    if given and meant is None:
+        with pytest.raises(ConfigError, match=r"num_workers.*1:4"):
+            Config.from_dict({"num_workers": given})
+        return
+    config = Config.from_dict({"num_workers": given})
+    assert config.num_workers == meant and config.worker_range == fewest_and_most
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("wrong", ["0", "0:2", "4:1", "two", "1:", ":2", "1:2:3", -1, 1.5, True])
+def test_other_workers_are_refused(wrong):
+    with pytest.raises(ConfigError, match="num_workers"):
+        Config.from_dict({"num_workers": wrong})
