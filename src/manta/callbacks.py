@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from manta import storage
 from manta.runs import METRIC, newest_path
 
 if TYPE_CHECKING:
@@ -93,19 +94,23 @@ class RayTrainReportCallback(TrainerCallback):
 
     Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
     their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
+    `run` is the run's folder, if that is not the trainer's output_dir.
     """
+
+    def __init__(self, run: Path | None = None):
+        self.run = run
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from ray import train
 
-        path = newest_path(Path(args.output_dir or "."), state.global_step)
+        path = newest_path(self.run or Path(args.output_dir or "."), state.global_step)
         metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
         for log in state.log_history:
             if log.get("step") == state.global_step:
                 metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
         train.report(
             metrics,
-            checkpoint=train.Checkpoint.from_directory(path),
+            checkpoint=train.Checkpoint(*storage.arrow(path)),
             checkpoint_dir_name=path.name,
             checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from manta import manifest
+from manta import manifest, storage
 from manta.model import WEIGHTS
 
 OPTIMIZER = "optimizer"
@@ -43,19 +43,20 @@ def save(
     """
     from transformers.distributed.checkpoint import save_optimizer_distributed
 
-    first = _rank() == 0
+    first, remote = _rank() == 0, storage.is_remote(folder)
     if first:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left of the same step
-        folder.mkdir(parents=True)
+        storage.remove(folder)  # what a killed attempt left of the same step
+        storage.make_folder(folder)
     barrier()
-    _save_weights(model, folder / WEIGHTS, first)
-    save_optimizer_distributed(model, optimizer, str(folder / OPTIMIZER))
+    here = storage.staging(folder, _rank()) if remote else folder
+    _save_weights(model, here / WEIGHTS, first)
+    save_optimizer_distributed(model, optimizer, str(here / OPTIMIZER))
     if first:
-        manifest.write_json(folder / SCHEDULER, scheduler.state_dict())
-        state.save_to_json(str(folder / TRAINER_STATE))
-        manifest.write_json(folder / POSITION, position)
+        manifest.write_json(here / SCHEDULER, scheduler.state_dict())
+        state.save_to_json(str(here / TRAINER_STATE))
+        manifest.write_json(here / POSITION, position)
     barrier()
-    files = _digest_together(folder)
+    files = _upload_together(here, folder) if remote else _digest_together(folder)
     if first:
         manifest.close(folder, files, {"kind": "checkpoint", **about})
     barrier()
@@ -80,7 +81,7 @@ def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dic
         candidates = [preferred] if preferred else []
         candidates += sorted((path for path in others if path != preferred), reverse=True)
         for path in candidates if preferred else []:
-            problem = manifest.damage(path)
+            problem = storage.problem(path)
             if problem is None:
                 decision[0] = path
                 break
@@ -145,6 +146,17 @@ def _save_adapter(model: Any, folder: Path) -> None:
     state = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(str(folder))
+
+
+def _upload_together(here: Path, folder: Path) -> manifest.FileDigests:
+    """Each rank uploads what it wrote on its node. Digests of all files, as in `_digest_together`."""
+    mine = manifest.digests(here)
+    storage.upload(here, folder, mine)
+    shutil.rmtree(here)
+    files: manifest.FileDigests = {}
+    for part in gather(mine):
+        files |= part
+    return dict(sorted(files.items()))
 
 
 def _digest_together(folder: Path) -> manifest.FileDigests:

@@ -170,13 +170,13 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
     config = config_from_flags(flags)
     from rich.console import Console
 
-    from manta import inspection
+    from manta import inspection, storage
     from manta.data.prepare import Prepared
     from manta.preparation import prepared_by
 
-    folder = Prepared(Path(prepared).absolute()) if prepared else prepared_by(config)
+    folder = Prepared(storage.place(prepared)) if prepared else prepared_by(config)
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
-    found = inspection.inspect(folder, config, wanted, rows, split)
+    found = inspection.inspect(folder.fetched(), config, wanted, rows, split)
     inspection.show(found, Console(highlight=False), samples)
     if html:
         inspection.write_html(found, Path(html))
@@ -229,11 +229,11 @@ def convert(
     no_merge: bool,
 ) -> None:
     """Write a run's best checkpoint as a Hugging Face model folder."""
-    from manta import runs
+    from manta import runs, storage
     from manta.convert import convert as convert_run
 
     found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-    click.echo(convert_run(found, Path(output_dir) if output_dir else None, merge=not no_merge))
+    click.echo(convert_run(found, storage.place(output_dir) if output_dir else None, merge=not no_merge))
 
 
 @main.command()
@@ -294,9 +294,9 @@ def runs_list(results_dir: str) -> None:
     """One line per run in a folder of runs."""
     from rich.console import Console
 
-    from manta import history
+    from manta import history, storage
 
-    history.print_runs(Path(results_dir), Console(highlight=False))
+    history.print_runs(storage.place(results_dir), Console(highlight=False))
 
 
 @runs.command("show")
@@ -322,6 +322,21 @@ def runs_verify(run: str) -> None:
 
     if history.verify(open_run(run), Console(highlight=False)):
         sys.exit(1)
+
+
+@runs.command("gc")
+@click.argument("where", metavar="RUN|RESULTS_DIR", default="results")
+@click.option("--dry_run", type=bool, is_flag=False, flag_value=True, default=False, help="Say what would go, only")
+def runs_gc(where: str, dry_run: bool) -> None:
+    """Delete what no run needs any more: unfinished and damaged checkpoints, ledgers of lost attempts, copies here.
+
+    Checkpoints that are whole stay, and so does a run that a driver has now.
+    """
+    from rich.console import Console
+
+    from manta import garbage
+
+    garbage.collect(where, dry_run, Console(highlight=False))
 
 
 def run_verb(verb: str) -> None:

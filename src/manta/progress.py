@@ -5,22 +5,28 @@ A side channel on purpose: `ray.train.report` is collective and costs up to two 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from manta.storage import is_remote
+
 NAMESPACE = "manta"
 _POLL_S = 0.25
 _PLAIN_EVERY_S = 5.0
+REWRITE_S = 5.0
+_REWRITTEN_PER_S = 1 << 20  # bytes of a remote file
 
 
 class Mailbox:
@@ -72,7 +78,8 @@ class Monitor:
     """Drains a mailbox in a thread of the driver: events.jsonl, metrics.jsonl, and the display."""
 
     def __init__(self, mailbox: Any, events: Path, metrics: Path, display: Display):
-        self.mailbox, self.events, self.metrics, self.display = mailbox, events, metrics, display
+        self.mailbox, self.display = mailbox, display
+        self.events, self.metrics = JsonLines(events), JsonLines(metrics)
         self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
         self.first_step_time: float | None = None
         self.last_step_time: float | None = None
@@ -81,12 +88,16 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
 
     def __enter__(self) -> Self:
+        self.events.open()
+        self.metrics.open()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+        self.events.close()
+        self.metrics.close()
 
     def _run(self) -> None:
         passed_on = False
@@ -106,6 +117,9 @@ class Monitor:
             return  # a lost display never ends a run
         for message in messages:
             self._take(message)
+        for log in (self.events, self.metrics):
+            if problem := log.flush():
+                self.display.note(problem)
 
     def _take(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -117,9 +131,9 @@ class Monitor:
                 self.tokens_timed += message["tokens"]
             self.last_step_time = message["time"]
         elif kind == "log":
-            append_json(self.metrics, message)
+            self.metrics.add(message)
         else:
-            append_json(self.events, message)
+            self.events.add(message)
         self.display.take(message)
 
 
@@ -208,7 +222,72 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+class JsonLines:
+    """Lines added to a file. What cannot be written now, on a full disk or a failing store, is kept for the next time.
+
+    A store has no appending: there the file is written anew, every REWRITE_S and the less often the longer it is.
+    """
+
+    _opened: ClassVar[dict[str, JsonLines]] = {}  # so that nobody else rewrites what one holds in memory
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lines: list[str] = []
+        self._written: str | None = None  # of a remote file
+        self._due = 0.0
+        self._problem: str | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        self._opened[str(self.path)] = self
+
+    def close(self) -> None:
+        self.flush(now=True)
+        self._opened.pop(str(self.path), None)
+
+    def add(self, value: dict[str, Any]) -> None:
+        with self._lock:
+            self._lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def flush(self, now: bool = False) -> str | None:
+        """Write what is due, or all of it `now`; returns what to tell the user, once, if it cannot be written."""
+        with self._lock:
+            if not self._lines or (not now and time.monotonic() < self._due):
+                return None
+            try:
+                (self._rewrite if is_remote(self.path) else self._append)("".join(self._lines))
+            except Exception as error:  # of any client of a store
+                self._due = time.monotonic() + REWRITE_S
+                told, self._problem = self._problem, f"{self.path} cannot be written just now: {error}"
+                return None if told else self._problem
+            self._lines, self._problem = [], None
+            return None
+
+    def _append(self, text: str) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(text.encode())
+                if written < len(text.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)  # half a line would make the file unreadable
+                raise
+
+    def _rewrite(self, text: str) -> None:
+        if self._written is None:
+            try:
+                self._written = self.path.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                self._written = ""
+        whole = self._written + text
+        self.path.write_text(whole, encoding="utf-8")
+        self._written = whole
+        self._due = time.monotonic() + REWRITE_S + len(whole) / _REWRITTEN_PER_S
+
+
 def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Append one line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """Append one line of JSON now, or as soon as it can be written if a monitor has the file open."""
+    log = JsonLines._opened.get(str(path)) or JsonLines(path)
+    log.add(value)
+    log.flush(now=True)

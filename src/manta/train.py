@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs, snapshot
+from manta import __version__, cluster, manifest, runs, snapshot, storage
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
@@ -48,6 +48,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     """
     console = console or Console(stderr=True, highlight=False)
     phases = Phases()
+    storage.check(config.results_dir)
     config, run = resolve(config)
     finished = run.result()
     if finished and finished["status"] == FINISHED:
@@ -200,6 +201,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
     from manta.worker import train_func
 
     on = config.device
+    folder, filesystem = storage.arrow(run.path.parent)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if on == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -223,7 +225,8 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
         torch_config=TorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
         run_config=RunConfig(
             name=run.name,
-            storage_path=str(run.path.parent),
+            storage_path=folder,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from ray import train
 
-from manta import checkpoint, model, progress
+from manta import checkpoint, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -43,14 +44,16 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     settings = dict(config_dict)
     given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
-    run = Run(Path(given["run"] or train.get_context().get_storage().experiment_fs_path))
+    run = Run(storage.place(given["run"]) if given["run"] else _folder_of_experiment())
     mailbox = progress.find_mailbox(given["mailbox"])
     _log_to_file(run)
     try:
-        prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared, mailbox, given["lease"])
+        prepared = Prepared(storage.place(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
+        return _train(config, run, prepared.fetched(), mailbox, given["lease"])
     except (NonFiniteError, UserError) as error:
         return {"failure": str(error)}
+    finally:
+        _hand_in(run)
 
 
 def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
@@ -62,6 +65,9 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
 
     resume, damaged = _resume_point(run, mailbox, rank)
     start = 0 if resume is None else step_of(resume)
+    if resume:
+        storage.forget_others(resume, "checkpoint_*")
+        resume = storage.fetch(resume)
     attempt = _announce(mailbox, rank, world, start)
 
     reseed(config.seed)
@@ -113,7 +119,7 @@ def make_trainer(
         StopOnRequestCallback(mailbox),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
-        RayTrainReportCallback(),
+        RayTrainReportCallback(run.path),
     ]
     if config.evaluates and config.early_stopping_patience:
         patience = EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold)
@@ -143,9 +149,9 @@ def training_arguments(config: Config, run: Run, device: str, accumulation: int)
     warmup = config.warmup_steps
     cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
     reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.path / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.here / "tensorboard")
     return TrainingArguments(
-        output_dir=str(run.path),
+        output_dir=str(run.here),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
@@ -185,18 +191,48 @@ def training_arguments(config: Config, run: Run, device: str, accumulation: int)
 
 def _log_to_file(run: Run) -> None:
     """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead."""
-    run.logs.mkdir(parents=True, exist_ok=True)
-    log = (run.logs / f"worker-{train.get_context().get_world_rank():05d}.log").open("ab", buffering=0)
+    log_file = _log_file(run)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log = log_file.open("ab", buffering=0)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
 
 
+def _log_file(run: Run) -> Path:
+    return run.here / "logs" / f"worker-{train.get_context().get_world_rank():05d}.log"
+
+
+def _hand_in(run: Run) -> None:
+    """Upload what this worker wrote on its node, as far as the store takes it: a log is no reason to fail."""
+    if not storage.is_remote(run.path):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    log, results = _log_file(run), []
+    if train.get_context().get_world_rank() == 0:
+        written = [*run.here.glob("*.json"), *(run.here / "tensorboard").rglob("*")]
+        results = [str(path.relative_to(run.here)) for path in written if path.is_file()]
+    try:
+        storage.upload(log.parent, run.logs / socket.gethostname(), [log.name])
+        storage.upload(run.here, run.path, results)
+    except OSError as error:
+        print(f"Not uploaded: {error}", file=sys.stderr)
+
+
+def _folder_of_experiment() -> Path:
+    """Ray's folder of the experiment, where the workers were not started by `manta train`."""
+    where = train.get_context().get_storage()
+    kind = where.storage_filesystem.type_name
+    scheme = {"s3": "s3://", "gcs": "gs://"}.get(kind, "")
+    return storage.place(f"{scheme}{where.experiment_fs_path}")
+
+
 def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Collection[str]]:
     """The checkpoint that Ray committed last; an older one, with a note, if it is damaged. And the damaged."""
     committed = train.get_checkpoint()
-    preferred = Path(committed.path) if committed else None
+    preferred = run.path / Path(committed.path).name if committed else None
     resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
     if rank == 0 and mailbox is not None:
         for name, problem in damaged.items():
