@@ -83,17 +83,21 @@ class Lease:
     def _take_next(self) -> None:
         """Take the number after the newest lease, which only one of several contenders can, on any object store.
 
-        Nothing is deleted or replaced that another may have taken meanwhile: who has the highest number has the run.
+        Who has the highest number has the run. Lower ones are deleted, so that a slow contender may get one of these.
         """
         while True:
-            refuse_if_held(self.folder)
-            number = int(_file(self.folder).stem.rpartition("-")[2]) + 1
-            self.path = self.folder / f"lease-{number:06d}.json"
-            if storage.create(self.path, json.dumps(self._about)):
-                for file in self.folder.glob("lease-*.json"):
-                    if file.name < self.path.name:
-                        file.unlink(missing_ok=True)
-                return
+            newest = _file(self.folder)
+            _refuse_if_held(newest)
+            self.path = self.folder / f"lease-{int(newest.stem.rpartition('-')[2]) + 1:06d}.json"
+            if not storage.create(self.path, json.dumps(self._about)):
+                continue
+            if _file(self.folder) != self.path:
+                self.path.unlink(missing_ok=True)
+                continue
+            for file in self.folder.glob("lease-*.json"):
+                if file.name < self.path.name:
+                    file.unlink(missing_ok=True)
+            return
 
     def _refuse_or_remove(self) -> None:
         """Raise if the holder lives; else put its lease aside, which only one of several contenders can."""
@@ -127,18 +131,20 @@ def holder_of(folder: Path) -> dict[str, Any]:
 
 def is_held(folder: Path) -> bool:
     """Whether a living driver has the run in `folder`."""
-    file, holder = _file(folder), holder_of(folder)
-    released = storage.is_remote(folder) and not holder
-    return not released and file.exists() and _is_alive(file, holder)
+    return _is_held(_file(folder))
 
 
 def refuse_if_held(folder: Path) -> None:
     """Raises UserError if a living driver has the run in `folder`."""
-    if is_held(folder):
-        holder = holder_of(folder)
+    _refuse_if_held(_file(folder))
+
+
+def _refuse_if_held(file: Path) -> None:
+    if _is_held(file):
+        holder = manifest.read_json(file) or {}
         where = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
         raise UserError(
-            f"Another driver is training {folder}: {where}. Wait for it, or end it; --run_name gives this one a run of "
+            f"Another driver is training {file.parent}: {where}. Wait for it, or end it; --run_name gives this one a run of "
             "its own."
         )
 
@@ -157,6 +163,12 @@ def _file(folder: Path) -> Path:
     if not storage.is_remote(folder):
         return folder / NAME
     return max(folder.glob("lease-*.json"), default=folder / "lease-000000.json")
+
+
+def _is_held(file: Path) -> bool:
+    holder = manifest.read_json(file) or {}
+    released = storage.is_remote(file) and not holder
+    return not released and file.exists() and _is_alive(file, holder)
 
 
 def _is_alive(path: Path, holder: dict[str, Any]) -> bool:

@@ -80,10 +80,13 @@ def remove(folder: Path) -> None:
 
 
 def move(folder: Path, target: Path) -> None:
-    """Rename a folder; on a store, copy and delete it. What is at `target` is replaced."""
+    """Rename a folder; on a store, its files are copied and deleted. What is at `target` is replaced."""
     remove(target)
     if is_remote(folder):
-        _store(folder).mv(cast(Any, folder).path, cast(Any, target).path, recursive=True)
+        files = _store(folder).find(cast(Any, folder).path)
+        names = [file.removeprefix(_key(folder, "")) for file in files]
+        _store(folder).copy(files, [_key(target, name) for name in names])
+        remove(folder)
     else:
         folder.rename(target)
 
@@ -129,9 +132,9 @@ def fetch(folder: Path) -> Path:
     if not is_remote(folder):
         return folder
     with _as_os_errors(f"read {folder}"):
-        about = manifest.read(folder)
-    if about is None:
-        raise DamagedError(f"{folder} has no readable manifest")
+        about, found = manifest.read(folder), manifest.damage(folder, content=False)
+    if about is None or found:
+        raise DamagedError(found)
     from filelock import FileLock
 
     here = near(folder)
