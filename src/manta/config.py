@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manta import storage
+from manta import manifest, storage
 from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json
 from manta.errors import ConfigError
 
@@ -246,7 +246,7 @@ def whole_path(name: str) -> str:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
     try:
-        values = yaml.safe_load(storage.place(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(manifest.read_text(storage.place(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

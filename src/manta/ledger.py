@@ -31,7 +31,7 @@ def read(folder: Path, step: int) -> list[Entry]:
     """Everything that the checkpoint of `step` has consumed, in order of step and micro-batch."""
     segments = []
     while step > 0:
-        lines = [json.loads(line) for line in _segment(folder, step).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in manifest.read_text(_segment(folder, step)).splitlines()]
         segments.append([(line["step"], line["micro_batch"], line["rows"]) for line in lines[1:]])
         step = lines[0]["parent"]
     return list(_concatenated(segments))
@@ -42,7 +42,7 @@ def chain(folder: Path, step: int) -> list[str]:
     names = []
     while step > 0 and _segment(folder, step).exists():
         names.append(_segment(folder, step).name)
-        step = json.loads(_segment(folder, step).read_text(encoding="utf-8").partition("\n")[0])["parent"]
+        step = json.loads(manifest.read_text(_segment(folder, step)).partition("\n")[0])["parent"]
     return names
 
 

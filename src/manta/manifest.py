@@ -37,13 +37,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """What a text file holds, at one moment: a store is asked once, so that a replacement never comes in between."""
+    if isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    remote: Any = path
+    return remote.fs.cat_file(remote.path).decode()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object that a JSON file holds, or None if there is no file or no JSON in it.
 
     A storage that fails is another matter, and raises: what cannot be read just now is not gone.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from manta import manifest
 from manta.storage import is_remote
 
 NAMESPACE = "manta"
@@ -277,7 +278,7 @@ class JsonLines:
     def _rewrite(self, text: str) -> None:
         if self._written is None:
             try:
-                self._written = self.path.read_text(encoding="utf-8")
+                self._written = manifest.read_text(self.path)
             except FileNotFoundError:
                 self._written = ""
         whole = self._written + text

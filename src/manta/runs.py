@@ -115,7 +115,7 @@ class Run:
     def prepared(self) -> Path:
         """The folder of the data that the run trains on. Raises UserError if it is not known."""
         try:
-            return storage.place(json.loads((self.path / _DATA).read_text(encoding="utf-8"))["prepared"])
+            return storage.place(json.loads(manifest.read_text(self.path / _DATA))["prepared"])
         except FileNotFoundError as error:
             raise UserError(f"{self.path} does not say which data it trained on: {_DATA} is missing.") from error
 
@@ -129,7 +129,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it has not."""
         try:
-            return json.loads(self.result_file.read_text(encoding="utf-8"))
+            return json.loads(manifest.read_text(self.result_file))
         except FileNotFoundError:
             return None
 
@@ -137,7 +137,7 @@ class Run:
         """What happened, oldest first, over all starts of the run."""
         if not self.events_file.exists():
             return []
-        return [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in manifest.read_text(self.events_file).splitlines()]
 
     def world_sizes(self) -> list[int]:
         """Number of workers of each attempt so far."""
