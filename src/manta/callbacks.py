@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta import storage
-from manta.runs import METRIC, newest_path
+from manta import preemption, storage
+from manta.progress import GO_ON, SAVE, STOP
+from manta.runs import METRIC, Run, newest_path
 
 if TYPE_CHECKING:
+    from manta.saver import Saver
     from manta.trainer import MantaTrainer
 
 
@@ -29,15 +32,19 @@ class SaveOnBestMetricCallback(TrainerCallback):
 
 
 class StopOnRequestCallback(TrainerCallback):
-    """Stop after the step at which all ranks know that the driver was asked to end (SIGTERM); the save comes with it.
+    """Save, or save and stop, after the step at which all ranks know that it is wanted: because the driver was asked to
+    end (SIGTERM), a node will be taken away, this worker was asked to end, or Ray is about to start more workers.
 
-    Rank 0 looks whether its last question to the mailbox has been answered, and never waits for it.
+    The ranks agree on the strongest word of all. Rank 0 looks whether its last question to the mailbox has been
+    answered, and never waits for it. A worker that was asked to end does so once a checkpoint of that step is whole.
     """
 
-    def __init__(self, mailbox: Any):
-        self.mailbox = mailbox
+    def __init__(self, mailbox: Any, run: Run | None = None):
+        self.mailbox, self.run = mailbox, run
         self.asked: Any = None
         self.group: Any = None
+        self.leaving_nodes: list[str] = []
+        self.save_before_leaving: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,25 +52,42 @@ class StopOnRequestCallback(TrainerCallback):
         if dist.is_initialized() and dist.get_backend() != "gloo":  # a word between hosts need not wait for the GPU
             self.group = dist.new_group(backend="gloo")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop = torch.tensor([self._is_asked_to_stop() if args.process_index == 0 else False], dtype=torch.uint8)
-        if dist.is_initialized():
-            dist.broadcast(stop, src=0, group=self.group)
-        if stop.item():
-            control.should_training_stop = True
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.save_before_leaving is not None:
+            latest = (self.run or Run(Path(args.output_dir or "."))).latest()
+            if latest and latest.step >= self.save_before_leaving:
+                preemption.leave(self.mailbox, args.process_index)
 
-    def _is_asked_to_stop(self) -> bool:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        leaving = preemption.asked_to_leave.is_set() and self.save_before_leaving is None
+        heard = max(self._heard_by_the_first() if args.process_index == 0 else GO_ON, SAVE if leaving else GO_ON)
+        word = torch.tensor([heard], dtype=torch.uint8)
+        if dist.is_initialized():
+            dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group)
+        if leaving:
+            self.save_before_leaving = state.global_step
+        control.should_save = control.should_save or word.item() == SAVE
+        control.should_training_stop = control.should_training_stop or word.item() == STOP
+
+    def _heard_by_the_first(self) -> int:
+        """What the mailbox wants; a save too when the cluster says that other nodes than before will be taken away."""
         import ray
 
         if self.mailbox is None:
-            return False
+            return GO_ON
+        word = GO_ON
+        if (leaving := preemption.leaving_nodes()) != self.leaving_nodes:
+            self.leaving_nodes, word = leaving, SAVE
+            self.mailbox.preempted.remote(leaving)
         if self.asked is None:
-            self.asked = self.mailbox.is_stop_wanted.remote()
+            self.asked = self.mailbox.wanted.remote()
         answered, _ = ray.wait([self.asked], timeout=0)
         if not answered:
-            return False
+            return word
         answer, self.asked = self.asked, None
-        return ray.get(answer)
+        return max(word, ray.get(answer))
 
 
 class SaveForResumeCallback(TrainerCallback):
@@ -94,26 +118,49 @@ class RayTrainReportCallback(TrainerCallback):
 
     Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
     their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
-    `run` is the run's folder, if that is not the trainer's output_dir.
+    `saver` writes them in the background; without one they are there, in the trainer's output_dir, when this is called.
     """
 
-    def __init__(self, run: Path | None = None):
-        self.run = run
+    def __init__(self, saver: Saver | None = None):
+        self.saver = saver
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        from ray import train
-
-        path = newest_path(self.run or Path(args.output_dir or "."), state.global_step)
-        metrics: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+        folder = self.saver.run.path if self.saver else Path(args.output_dir or ".")
+        step = state.global_step
+        metrics: dict[str, Any] = {"step": step, "epoch": state.epoch}
         for log in state.log_history:
-            if log.get("step") == state.global_step:
+            if log.get("step") == step:
                 metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
-        train.report(
-            metrics,
-            checkpoint=train.Checkpoint(*storage.arrow(path)),
-            checkpoint_dir_name=path.name,
-            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
-        )
+
+        def report() -> None:
+            from ray import train
+
+            path = newest_path(folder, step)
+            train.report(
+                metrics,
+                checkpoint=train.Checkpoint(*storage.arrow(path)),
+                checkpoint_dir_name=path.name,
+                checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+            )
+
+        if self.saver:
+            self.saver.then(report)
+        else:
+            report()
+
+
+class StepCopyCallback(TrainerCallback):
+    """Copy what is trained at the start of the next step, when the evaluation and the save of the last are done."""
+
+    def __init__(self, trainer: MantaTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if trainer.copier and state.global_step > trainer.start_step:
+            trainer.copier.take(state.global_step, trainer.model, trainer.plain_optimizer(), trainer.about_copy)
 
 
 class ProgressCallback(TrainerCallback):
@@ -121,6 +168,12 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, mailbox: Any, trainer: MantaTrainer, attempt: int):
         self.mailbox, self.trainer, self.attempt = mailbox, trainer, attempt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.mailbox is not None:
+            self.mailbox.entered_loop.remote()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The library counts epochs from this call's own loader, which starts anew after a resume.
@@ -141,7 +194,16 @@ class ProgressCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._send(kind="checkpoint", step=state.global_step, attempt=self.attempt)
+            step, began, saver = state.global_step, time.time(), self.trainer.saver
+
+            def tell() -> None:
+                took = {
+                    "save_stall_s": round(saver.stall_s, 4),
+                    "save_s": round(time.time() - began + saver.stall_s, 4),
+                }
+                self._send(kind="checkpoint", step=step, attempt=self.attempt, **took)
+
+            saver.then(tell)
 
     def _send(self, **message: Any) -> None:
         if self.mailbox is not None:

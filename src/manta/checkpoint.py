@@ -7,19 +7,23 @@
         position.json            step, samples consumed, seed: the data order and all randomness follow from these
         manifest.json            sizes, SHA-256, metrics; written last
 
-Every function here is collective: all ranks call it, or none.
+Every function here is collective: all ranks call it, or none. `group` is the process group of a save that goes on in
+the background; the default one belongs to training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from manta import manifest, storage
+from manta.errors import StorageError
 from manta.model import WEIGHTS
 
 OPTIMIZER = "optimizer"
@@ -28,38 +32,92 @@ POSITION = "position.json"
 TRAINER_STATE = "trainer_state.json"
 
 
-def save(
-    folder: Path,
-    model: Any,
-    optimizer: Any,
-    scheduler: Any,
-    state: Any,
-    position: dict[str, Any],
-    about: dict[str, Any],
-) -> None:
-    """Write everything that a run needs to go on exactly, each rank its own files; `about` goes into the manifest.
+@dataclasses.dataclass
+class Snapshot:
+    """What a save writes: tensors are this rank's part, and the model's own until `copy` was called."""
+
+    weights: dict[str, Any]
+    optimizer: dict[str, Any]
+    texts: dict[str, str]  # small files, by name
+    configs: list[Any]  # what the library wants beside the weights
+    sharded: bool  # weights are divided over the ranks; else rank 0 writes them alone
+
+    def copy(self) -> None:
+        """Copy all tensors to host memory of their own; from then on training may go on changing the model."""
+        self.weights = {name: _on_host(value) for name, value in self.weights.items()}
+        self.optimizer = {name: _on_host(value) for name, value in self.optimizer.items()}
+
+
+def snapshot(model: Any, optimizer: Any, scheduler: Any, state: Any, position: dict[str, Any]) -> Snapshot:
+    """Everything that a run needs to go on exactly. Copies nothing yet.
 
     `state` is the library's TrainerState, `position` says how far the data was consumed.
     """
-    from transformers.distributed.checkpoint import save_optimizer_distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    from transformers.distributed.checkpoint import _redistribute_state_dict
 
-    first, remote = _rank() == 0, storage.is_remote(folder)
-    if first:
-        storage.remove(folder)  # what a killed attempt left of the same step
-        storage.make_folder(folder)
-    barrier()
-    here = storage.staging(folder, _rank()) if remote else folder
-    _save_weights(model, here / WEIGHTS, first)
-    save_optimizer_distributed(model, optimizer, str(here / OPTIMIZER))
-    if first:
-        manifest.write_json(here / SCHEDULER, scheduler.state_dict())
-        state.save_to_json(str(here / TRAINER_STATE))
-        manifest.write_json(here / POSITION, position)
-    barrier()
-    files = _upload_together(here, folder) if remote else _digest_together(folder)
-    if first:
-        manifest.close(folder, files, {"kind": "checkpoint", **about})
-    barrier()
+    adapter = hasattr(model, "peft_config")
+    # By parameter name, which does not depend on how the parameters of this world size are grouped.
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    beside = [model.peft_config["default"]] if adapter else [model.config, model.generation_config]
+    return Snapshot(
+        weights=_adapter(model) if adapter else _redistribute_state_dict(get_model_state_dict(model)),
+        optimizer=_redistribute_state_dict(get_optimizer_state_dict(model, optimizer, options=options)),
+        texts={
+            SCHEDULER: json.dumps(scheduler.state_dict(), indent=2),
+            TRAINER_STATE: state_text(state),
+            POSITION: json.dumps(position, indent=2),
+        },
+        configs=[each for each in beside if each is not None],
+        sharded=not adapter,
+    )
+
+
+def state_text(state: Any) -> str:
+    """A TrainerState as the library itself writes it."""
+    return json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True)
+
+
+def write(folder: Path, taken: Snapshot, about: dict[str, Any], group: Any = None) -> None:
+    """Write a copied snapshot, each rank its own files; `about` goes into the manifest.
+
+    For a remote folder, each rank writes in a folder of its own on its node, and uploads what it wrote.
+    Raises StorageError on all ranks with what the storage said to any of them.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    first, remote = rank() == 0, storage.is_remote(folder)
+    here = storage.staging(folder, rank())
+
+    def begin() -> None:
+        if first:
+            storage.remove(folder)  # what a killed attempt left of the same step
+        if first or remote:
+            storage.remove(here)
+            here.mkdir(parents=True)
+
+    def add_texts() -> None:
+        for name, text in taken.texts.items():
+            manifest.write_text(here / name, text)
+
+    def digest() -> manifest.FileDigests:
+        names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
+        if not remote:
+            return manifest.digests(here, names[rank() :: world()])
+        mine = manifest.digests(here, names)
+        storage.upload(here, folder, mine)
+        storage.remove(here)
+        return mine
+
+    together(begin, group)
+    together(lambda: _write_weights(here / WEIGHTS, taken, group), group)
+    together(
+        lambda: dcp.save({"optimizer": taken.optimizer}, checkpoint_id=here / OPTIMIZER, process_group=group), group
+    )
+    together(add_texts if first else None, group)
+    files = {name: about for part in together(digest, group) for name, about in part.items()}
+    close = {"kind": "checkpoint", **about}
+    together((lambda: manifest.close(folder, dict(sorted(files.items())), close)) if first else None, group)
 
 
 def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
@@ -77,7 +135,7 @@ def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dic
     optimizer's index is a pickle, and flipped bits in weights load without complaint.
     """
     decision: list[Any] = [None, {}]
-    if _rank() == 0:
+    if rank() == 0:
         candidates = [preferred] if preferred else []
         candidates += sorted((path for path in others if path != preferred), reverse=True)
         for path in candidates if preferred else []:
@@ -86,9 +144,15 @@ def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dic
                 decision[0] = path
                 break
             decision[1][path.name] = problem
+    resume, damaged = broadcast(decision)
+    return resume, damaged
+
+
+def broadcast(values: list[Any]) -> list[Any]:
+    """Rank 0's `values`, on all ranks."""
     if dist.is_initialized():
-        dist.broadcast_object_list(decision, src=0)
-    return decision[0], decision[1]
+        dist.broadcast_object_list(values, src=0)
+    return values
 
 
 def barrier() -> None:
@@ -96,74 +160,76 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """`value` of every rank, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def _rank() -> int:
+def together(act: Callable[[], Any] | None, group: Any = None) -> list[Any]:
+    """What `act` returns on each rank. Raises StorageError everywhere if it raised anywhere, so that no rank waits."""
+    result, problem = None, None
+    try:
+        result = act() if act else None
+    except Exception as error:  # libraries raise what they like when a disk is full
+        problem = _root_cause(error)
+    results = gather((result, problem), group)
+    problems = [problem for _, problem in results if problem]
+    if problems:
+        raise StorageError(problems[0])
+    return [result for result, _ in results]
+
+
+def _root_cause(error: BaseException) -> str:
+    """What the storage said, out of the exceptions that torch's checkpoints put around it."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _save_weights(model: Any, folder: Path, first: bool) -> None:
-    if hasattr(model, "peft_config"):
-        if first:  # adapters are replicated: one rank holds all there is
-            _save_adapter(model, folder)
-    elif getattr(model, "is_distributed_loading_by_transformers", False):
-        hook = model.register_state_dict_post_hook(_separate_tied)
-        model.save_pretrained(str(folder), distributed_checkpoint=True)
-        hook.remove()
-    elif first:
-        model.save_pretrained(str(folder))
-    barrier()
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _separate_tied(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Give tied weights storage of their own: safetensors refuses to write shared memory, and loading wants each name.
+def _on_host(value: Any) -> Any:
+    """A copy in host memory; of a DTensor, of this rank's part. Tied weights become separate: each name its own."""
+    from torch.distributed.tensor import DTensor
 
-    Needed after a resume only: a first load leaves views, which the writer copies.
-    """
-    seen = set()
-    for name, tensor in state.items():
-        address = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
-        if address in seen:
-            state[name] = tensor.clone()
-        seen.add(address)
+    if isinstance(value, DTensor):
+        return DTensor(_on_host(value.to_local()), value._spec, requires_grad=False)
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
-    """In PEFT's format. Its own `save_pretrained` also writes a model card, for which it asks the hub."""
+def _write_weights(folder: Path, taken: Snapshot, group: Any) -> None:
+    if taken.sharded:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+        writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True, enable_consolidation=False)
+        dcp.save(taken.weights, storage_writer=writer, process_group=group)
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        if not taken.sharded:  # adapters are the same on every rank
+            from safetensors.torch import save_file
+
+            save_file(taken.weights, folder / "adapter_model.safetensors")
+        for config in taken.configs:
+            config.save_pretrained(str(folder))
+
+
+def _adapter(model: Any) -> dict[str, torch.Tensor]:
+    """In PEFT's names. Its own `save_pretrained` also writes a model card, for which it asks the hub."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
-    folder.mkdir()
     # Only what is trained: given the whole model, PEFT gathers every shard of the base, a collective on one rank.
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_peft_model_state_dict(model, trained, save_embedding_layers=False)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(str(folder))
-
-
-def _upload_together(here: Path, folder: Path) -> manifest.FileDigests:
-    """Each rank uploads what it wrote on its node. Digests of all files, as in `_digest_together`."""
-    mine = manifest.digests(here)
-    storage.upload(here, folder, mine)
-    shutil.rmtree(here)
-    files: manifest.FileDigests = {}
-    for part in gather(mine):
-        files |= part
-    return dict(sorted(files.items()))
-
-
-def _digest_together(folder: Path) -> manifest.FileDigests:
-    """Digests of all files, each hashed by one rank. The gather is also the barrier before the manifest."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    files: manifest.FileDigests = {}
-    for part in gather(manifest.digests(folder, names[_rank() :: world])):
-        files |= part
-    return dict(sorted(files.items()))
+    return {name: tensor.contiguous() for name, tensor in state.items()}

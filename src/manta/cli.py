@@ -91,10 +91,24 @@ def config_options() -> list[click.Parameter]:
     return options
 
 
-def config_from_flags(flags: dict[str, Any]) -> Config:
-    """Defaults, then the recipe, then flags. Raises ConfigError."""
+RESUME = click.Option(
+    ["--resume"], metavar="FOLDER", help="Go on with the run in this folder, by its own settings; flags win over them"
+)
+
+
+def config_from_flags(flags: dict[str, Any], resumed: str | None = None) -> Config:
+    """Defaults, then the recipe or the settings of the run that is `resumed`, then flags. Raises UserError."""
     given = {name: value for name, value in flags.items() if value is not None}
     recipe = given.pop("config", None)
+    if resumed:
+        from manta.runs import open_run
+
+        run = open_run(resumed)
+        for name in ("config", "run_name", "results_dir"):
+            if flags.get(name) is not None:
+                raise UserError(f"--resume names the run and its settings, so leave out --{name}.")
+        recipe = str(run.config_file)
+        given |= {"results_dir": str(run.path.parent), "run_name": run.name}
     overrides: dict[str, Any] = {}
     for name, value in given.items():
         if name.startswith("hfdc_"):
@@ -135,9 +149,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def _train(**flags: Any) -> None:
+def _train(resume: str | None, **flags: Any) -> None:
     """Prepare data, fine-tune, keep the best checkpoint. The same command after a kill goes on where it was."""
-    config = config_from_flags(flags)
+    config = config_from_flags(flags, resume)
     from manta.report import print_summary
     from manta.train import train
 
@@ -194,7 +208,7 @@ INSPECT_OPTIONS: list[click.Parameter] = [
 ]
 
 for _verb, _function, _options in (
-    ("train", _train, []),
+    ("train", _train, [RESUME]),
     ("prepare", _prepare, []),
     ("inspect", _inspect, INSPECT_OPTIONS),
 ):

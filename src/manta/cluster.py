@@ -11,15 +11,28 @@ from contextlib import contextmanager
 from manta.config import Config
 from manta.errors import UserError
 
-# The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
-_HEALTH_CHECK_INTERVAL_S = "0.25"
+# What Ray Train waits for, in seconds, set where the user has not; docs/faults.md says what follows from each.
+_TIMEOUTS = {
+    # The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # After a lost node Ray asks for the old number of workers this long before it counts what is there; default 60.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # A frozen process (SIGSTOP, a host that hangs) answers no health check; default 600.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    # How late a drained node is noticed; a preemption may leave no more than 30 s. Default 5.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+# How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
+# after the timeout (a cut cable). By default 3 s apart and 10 s long.
+_NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
 _KNOCK_S = 10
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_INTERVAL_S)
+    for name, seconds in _TIMEOUTS.items():
+        os.environ.setdefault(name, seconds)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -28,10 +41,12 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     try:
-        _knock(config.ray_address or os.environ.get("RAY_ADDRESS"))
+        address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        _knock(address)
         ray.init(
             address=config.ray_address,
             include_dashboard=None if config.ray_address else False,
+            _system_config=None if address else _NODE_CHECKS,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -68,11 +83,12 @@ def device(config: Config) -> str:
     return config.device
 
 
-def workers(config: Config, on: str) -> int:
-    """How many workers to start: as asked, else one per GPU, else 1."""
+def workers(config: Config, on: str) -> tuple[int, int]:
+    """The fewest and the most workers to run with: as asked, else one per GPU, else 1."""
     import ray
 
-    return config.num_workers or (int(ray.cluster_resources().get("GPU", 0)) if on == "cuda" else 1)
+    count = int(ray.cluster_resources().get("GPU", 0)) if on == "cuda" else 1
+    return config.worker_range or (count, count)
 
 
 def resources_per_worker(config: Config, on: str) -> dict[str, float]:

@@ -93,6 +93,11 @@ class Config(BaseModel):
     early_stopping_threshold: float = Field(0.001, ge=0, description="Smallest fall of eval_loss that is improvement")
     save_steps: int = Field(100, ge=1, description="Steps between checkpoints; a best one is saved besides")
     save_total_limit: int = Field(2, ge=1, description="Best checkpoints kept; the newest is kept besides")
+    async_save: bool = Field(True, description="Write checkpoints beside training instead of waiting for them")
+    step_copies: Literal["auto", "every", "off"] = Field(
+        "auto",
+        description="Copy what is trained to two nodes' memory: as often as costs at most 3 %, after every step, never",
+    )
 
     # --- Data
     data_dir: str = Field(
@@ -122,7 +127,12 @@ class Config(BaseModel):
 
     # --- Ray and FSDP
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if the cluster has GPUs, else cpu")
-    num_workers: int | None = Field(None, ge=1, description="Training workers; default: one per GPU, or 1 on CPU")
+    num_workers: int | str | None = Field(
+        None, description="Training workers, or a range such as 1:4 to use what there is; default: one per GPU, or 1"
+    )
+    resize_check_s: float = Field(
+        30, gt=0, description="With a range of workers: seconds between looks whether there is room for more"
+    )
     nominal_workers: int | None = Field(
         None, ge=1, description="Workers that gradient_accumulation_steps counts for; kept from the run's first start"
     )
@@ -137,7 +147,19 @@ class Config(BaseModel):
         "FULL_SHARD", description="FSDP: shard all; keep weights gathered; shard within nodes; plain DDP"
     )
     fsdp_cpu_offload: bool = Field(False, description="Keep sharded weights in host memory between uses")
-    max_failures: int = Field(2, ge=0, description="Restarts of the workers after a failure")
+    max_failures: int = Field(
+        2, ge=0, description="Restarts of the workers after failures since the last new checkpoint"
+    )
+    max_node_losses: int = Field(100, ge=0, description="Restarts of the workers after lost or preempted nodes")
+    step_timeout_s: int = Field(
+        1800, ge=0, description="Seconds without progress after which stacks are logged and workers restarted; 0: never"
+    )
+    out_of_memory: Literal["halve", "stop"] = Field(
+        "halve", description="halve: smaller micro-batches and more of them, with the same samples per step; or stop"
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="On a NaN or infinite gradient: stop, or skip that step's update and count it"
+    )
     torch_timeout_s: int = Field(7200, ge=1, description="Time limit of one collective operation, in seconds")
 
     # --- Output
@@ -168,6 +190,17 @@ class Config(BaseModel):
             raise ValueError("may hold letters, digits, '.', '_' and '-', and starts with a letter or digit")
         return name
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> int | str | None:
+        if value is None:
+            return None
+        fewest, colon, most = str(value).partition(":")
+        most = most if colon else fewest
+        if isinstance(value, bool) or not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+            raise ValueError("must be a whole number from 1, or a range of two such as 1:4")
+        return int(most) if int(fewest) == int(most) else f"{int(fewest)}:{int(most)}"
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
@@ -177,6 +210,14 @@ class Config(BaseModel):
         if self.objective == "cpt" and not self.hf_dataset_config.output_template:
             raise ValueError("objective cpt trains on output_template; set it, such as {text}")
         return self
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """Fewest and most training workers, if they are set."""
+        if self.num_workers is None:
+            return None
+        fewest, _, most = str(self.num_workers).partition(":")
+        return int(fewest), int(most or fewest)
 
     @property
     def evaluates(self) -> bool:
@@ -229,10 +270,12 @@ class Config(BaseModel):
 NOT_SHAPING = frozenset(
     (
         *("resume_from_checkpoint", "stop_at_step", "logging_steps", "save_steps", "save_total_limit"),
+        *("async_save", "step_copies"),
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
         *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s", "bad_rows_limit", "lint"),
+        *("resize_check_s", "max_node_losses", "step_timeout_s", "out_of_memory", "non_finite"),
     )
 )
 

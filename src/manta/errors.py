@@ -15,3 +15,7 @@ class TrainingError(Exception):
 
 class NonFiniteError(TrainingError):
     """A gradient that is NaN or infinite: repeating the step would repeat it, so it is never retried."""
+
+
+class StorageError(TrainingError):
+    """A checkpoint that could not be written, after several tries: what was saved before is as it was."""

@@ -59,6 +59,11 @@ def print_run(run: Run, console: Console) -> None:
             console.print(
                 f"{when}  attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}"
             )
+        elif event["kind"] == "failure":
+            cause = event["cause"].replace("_", " ")
+            console.print(
+                f"{when}  ended after step {event['step']}: {cause}: {event['text']}", markup=False, soft_wrap=True
+            )
         elif event["kind"] == "note":
             console.print(f"{when}  {event['text']}", markup=False, soft_wrap=True)
     if (result := run.result()) and result["failure"]:

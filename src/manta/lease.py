@@ -144,8 +144,8 @@ def _refuse_if_held(file: Path) -> None:
         holder = manifest.read_json(file) or {}
         where = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
         raise UserError(
-            f"Another driver is training {file.parent}: {where}. Wait for it, or end it; --run_name gives this one a run "
-            "of its own."
+            f"Another driver is training {file.parent}: {where}. Wait for it, or end it; --run_name gives this one a "
+            "run of its own."
         )
 
 

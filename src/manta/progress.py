@@ -5,61 +5,125 @@ A side channel on purpose: `ray.train.report` is collective and costs up to two 
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import sys
 import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from manta import manifest
-from manta.storage import is_remote
+from manta.attempts import Attempts, Cause
+from manta.jsonl import JsonLines
 
 NAMESPACE = "manta"
 _POLL_S = 0.25
 _PLAIN_EVERY_S = 5.0
-REWRITE_S = 5.0
-_REWRITTEN_PER_S = 1 << 20  # bytes of a remote file
+
+
+# What all ranks agree on after a step; the larger wins.
+GO_ON, SAVE, STOP = 0, 1, 2
 
 
 class Mailbox:
-    """Ray actor on the driver's node: a queue of messages, and the count of attempts."""
+    """Ray actor on the driver's node: a queue of messages, what workers are asked to do, and the judge of failures."""
 
-    def __init__(self, attempts: int) -> None:
+    def __init__(self, attempts: Attempts) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.attempts = attempts  # of earlier drivers of the same run
-        self.stop_wanted = False
+        self.attempts = attempts
+        self.stop_wanted = self.save_wanted = False
+        self.actors: dict[str, tuple[str, Any]] = {}
 
-    def begin_attempt(self) -> int:
-        """Called by rank 0 of every new worker group; returns its number, from 1."""
-        self.attempts += 1
-        return self.attempts
+    def begin_attempt(self, step: int, workers: list[dict[str, Any]], **about: Any) -> dict[str, Any]:
+        """Called by rank 0 of every new worker group, which starts from `step`.
+
+        Returns `attempt`, its number from 1, `split`, into how many parts micro-batches are divided, and `stop`, why
+        not to go on, or None.
+        """
+        import ray
+
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        stop = self.attempts.begin(step, [worker["node_id"] for worker in workers], alive)
+        self._pass_on()
+        verdict = {"attempt": self.attempts.number, "split": self.attempts.split, "stop": stop}
+        if stop is None:
+            self.put(
+                {
+                    "kind": "attempt",
+                    "attempt": verdict["attempt"],
+                    "world_size": len(workers),
+                    "step": step,
+                    "workers": workers,
+                    "split": verdict["split"],
+                    **about,
+                }
+            )
+        return verdict
+
+    def failed(self, group: int, cause: Cause, text: str) -> str | None:
+        """Called by Ray's controller; returns why the run must end, if it must."""
+        stop = self.attempts.failed(group, cause, text)
+        self._pass_on()
+        self.put({"kind": "restart", "text": text})
+        return stop
+
+    def report(self, cause: Cause, text: str) -> None:
+        """Called by a worker right before it ends, so that its silence is understood."""
+        self.attempts.report(cause, text)
+
+    def entered_loop(self) -> None:
+        self.attempts.entered_loop()
+
+    def preempted(self, nodes: list[str]) -> None:
+        self.attempts.preempted(nodes)
 
     def want_stop(self) -> None:
         """Called by the driver that was asked to end."""
         self.stop_wanted = True
 
-    def is_stop_wanted(self) -> bool:
-        return self.stop_wanted
+    def want_save(self) -> None:
+        self.save_wanted = True
+
+    def wanted(self) -> int:
+        """What the workers are asked to do; a save is asked for once."""
+        word = STOP if self.stop_wanted else SAVE if self.save_wanted else GO_ON
+        self.save_wanted = False
+        return word
 
     def put(self, message: dict[str, Any]) -> None:
         self.messages.append({"time": time.time(), **message})
+        if message["kind"] == "step":
+            self.attempts.finished(message["step"])
+        elif message["kind"] == "checkpoint":
+            self.attempts.saved(message["step"])
+
+    def _pass_on(self) -> None:
+        events, self.attempts.events = self.attempts.events, []
+        for event in events:
+            self.put(event)
+
+    def beside(self, nodes: list[str], kind: type) -> dict[str, str]:
+        """An actor of class `kind` on each of `nodes`, living as long as the driver: names, also of earlier ones."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        for node in set(nodes) - self.actors.keys():
+            name, there = f"{kind.__name__}-{uuid.uuid4().hex}", NodeAffinitySchedulingStrategy(node, soft=False)
+            options: Any = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": there}
+            self.actors[node] = (name, ray.remote(kind).options(**options).remote())
+        return {node: name for node, (name, _) in self.actors.items()}
 
     def drain(self) -> list[dict[str, Any]]:
         drained, self.messages = self.messages, []
         return drained
 
 
-def open_mailbox(attempts: int) -> tuple[Any, str]:
-    """A mailbox by the driver, for a run that has had `attempts` already, and its name; it ends with its handle."""
+def open_mailbox(attempts: Attempts) -> tuple[Any, str]:
+    """A mailbox by the driver and its name; it ends with its handle."""
     import ray
 
     name = f"mailbox-{uuid.uuid4().hex}"
@@ -133,7 +197,7 @@ class Monitor:
             self.last_step_time = message["time"]
         elif kind == "log":
             self.metrics.add(message)
-        else:
+        elif kind != "restart":  # what the judged failure will say again
             self.events.add(message)
         self.display.take(message)
 
@@ -183,6 +247,8 @@ class Display:
                 self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
         elif kind == "note":
             self.note(message["text"])
+        elif kind == "restart":
+            self.note(f"the workers ended: {message['text']}")
         self._show(force=kind == "log" and "eval_loss" in message)
 
     def note(self, text: str) -> None:
@@ -221,74 +287,3 @@ class Display:
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup, no wrapping."""
     console.print(text, markup=False, soft_wrap=True)
-
-
-class JsonLines:
-    """Lines added to a file. What cannot be written now, on a full disk or a failing store, is kept for the next time.
-
-    A store has no appending: there the file is written anew, every REWRITE_S and the less often the longer it is.
-    """
-
-    _opened: ClassVar[dict[str, JsonLines]] = {}  # so that nobody else rewrites what one holds in memory
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._lines: list[str] = []
-        self._written: str | None = None  # of a remote file
-        self._due = 0.0
-        self._problem: str | None = None
-        self._lock = threading.Lock()
-
-    def open(self) -> None:
-        self._opened[str(self.path)] = self
-
-    def close(self) -> None:
-        self.flush(now=True)
-        self._opened.pop(str(self.path), None)
-
-    def add(self, value: dict[str, Any]) -> None:
-        with self._lock:
-            self._lines.append(json.dumps(value, ensure_ascii=False) + "\n")
-
-    def flush(self, now: bool = False) -> str | None:
-        """Write what is due, or all of it `now`; returns what to tell the user, once, if it cannot be written."""
-        with self._lock:
-            if not self._lines or (not now and time.monotonic() < self._due):
-                return None
-            try:
-                (self._rewrite if is_remote(self.path) else self._append)("".join(self._lines))
-            except Exception as error:  # of any client of a store
-                self._due = time.monotonic() + REWRITE_S
-                told, self._problem = self._problem, f"{self.path} cannot be written just now: {error}"
-                return None if told else self._problem
-            self._lines, self._problem = [], None
-            return None
-
-    def _append(self, text: str) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                written = file.write(text.encode())
-                if written < len(text.encode()):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(size)  # half a line would make the file unreadable
-                raise
-
-    def _rewrite(self, text: str) -> None:
-        if self._written is None:
-            try:
-                self._written = manifest.read_text(self.path)
-            except FileNotFoundError:
-                self._written = ""
-        whole = self._written + text
-        self.path.write_text(whole, encoding="utf-8")
-        self._written = whole
-        self._due = time.monotonic() + REWRITE_S + len(whole) / _REWRITTEN_PER_S
-
-
-def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Append one line of JSON now, or as soon as it can be written if a monitor has the file open."""
-    log = JsonLines._opened.get(str(path)) or JsonLines(path)
-    log.add(value)
-    log.flush(now=True)

@@ -108,11 +108,8 @@ def upload(local: Path, remote: Path, names: Iterable[str]) -> None:
 
 
 def staging(folder: Path, rank: int) -> Path:
-    """An empty folder on this node, where one rank writes its part of the remote `folder`."""
-    here = near(folder).with_name(f".staging-{folder.name}-{rank:05d}")
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir(parents=True)
-    return here
+    """Where one rank writes its part of `folder`: there, or in a folder of its own on this node if it is remote."""
+    return near(folder).with_name(f".staging-{folder.name}-{rank:05d}") if is_remote(folder) else folder
 
 
 def publish(local: Path, remote: Path) -> None:

@@ -12,13 +12,15 @@ from typing import Any, cast
 from rich.console import Console
 
 from manta import __version__, cluster, manifest, runs, snapshot, storage
+from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
+from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
 from manta.preparation import absolute, check_data, make
-from manta.progress import Display, Monitor, append_json, open_mailbox, say
+from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -86,6 +88,8 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         for done in snapshot.repair(run):
             append_json(run.events_file, {"time": time.time(), "kind": "note", "text": done})
             say(console, f"{title}: {done}")
+        if latest := run.latest():
+            say(console, f"{title}: {run.name} goes on from {latest.path.name}")
         return _fit(config, run, prepared, lease, phases, console, title)
 
 
@@ -119,10 +123,14 @@ def _place(config: Config) -> Config:
     on = cluster.device(config)
     if config.use_liger_kernel and on == "cpu":
         raise ConfigError("use_liger_kernel needs a GPU: its kernels do not run on CPU. Leave it out.")
-    count = cluster.workers(config, on)
-    cluster.check_fits(count, cluster.resources_per_worker(config, on))
+    fewest, most = cluster.workers(config, on)
+    cluster.check_fits(fewest, cluster.resources_per_worker(config, on))
     return config.model_copy(
-        update={"device": on, "num_workers": count, "nominal_workers": config.nominal_workers or count}
+        update={
+            "device": on,
+            "num_workers": most if fewest == most else f"{fewest}:{most}",
+            "nominal_workers": config.nominal_workers or most,
+        }
     )
 
 
@@ -130,11 +138,7 @@ def max_steps(config: Config, sequences: int) -> int:
     """Steps of the run: as set, or what `num_train_epochs` comes to."""
     if config.num_train_epochs is None:
         return config.max_steps
-    per_step = (
-        config.per_device_train_batch_size
-        * config.gradient_accumulation_steps
-        * (config.nominal_workers or config.num_workers or 1)
-    )
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * (config.nominal_workers or 1)
     return max(1, round(config.num_train_epochs * sequences / per_step))
 
 
@@ -145,7 +149,7 @@ def _fit(
     from ray.train import TrainingFailedError
 
     steps = max_steps(config, prepared.counts["training"]["sequences"])
-    mailbox, name = open_mailbox(len(run.world_sizes()))
+    mailbox, name = open_mailbox(_attempts(config, run))
     outcome: dict[str, Any] = {}
     fit_started = time.time()
     with (
@@ -158,7 +162,9 @@ def _fit(
                 result = _trainer(config.model_copy(update={"max_steps": steps}), run, prepared, lease, name).fit()
             outcome = result.return_value or {"failure": "the workers returned nothing"}
         except TrainingFailedError as error:
-            outcome = {"failure": _root_cause(error)}
+            from manta.controller import root_cause
+
+            outcome = {"failure": root_cause(error)}
         except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
             outcome = {"failure": "interrupted"}
     first = monitor.first_step_time or time.time()
@@ -194,11 +200,30 @@ def _stopping_on_sigterm(wanted: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _attempts(config: Config, run: Run) -> Attempts:
+    """As earlier drivers of the run left it."""
+    before = [event for event in run.events() if event["kind"] == "attempt"]
+    return Attempts(
+        Policy(
+            config.max_failures,
+            config.max_node_losses,
+            config.per_device_train_batch_size,
+            halve=config.out_of_memory == "halve",
+        ),
+        number=len(before),
+        split=before[-1].get("split", 1) if before else 1,
+    )
+
+
 def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from manta.controller import Supervisor
+    from manta.preemption import ListeningTorchConfig
     from manta.worker import train_func
+
+    fewest, most = config.worker_range or (1, 1)
 
     on = config.device
     folder, filesystem = storage.arrow(run.path.parent)
@@ -217,17 +242,27 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
             "lease": lease.token,
         },
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers or 1,
             use_gpu=on == "cuda",
             resources_per_worker=cluster.resources_per_worker(config, on),
             placement_strategy=config.placement_strategy,
+            **cast(  # the annotations are those of Ray Train's first version
+                Any,
+                {
+                    "num_workers": most if fewest == most else (fewest, most),
+                    "elastic_resize_monitor_interval_s": config.resize_check_s,
+                },
+            ),
         ),
-        torch_config=TorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
+        torch_config=ListeningTorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
         run_config=RunConfig(
             name=run.name,
             storage_path=folder,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            # Without limits: the mailbox decides, by cause, and a lost node may take long to come back.
+            failure_config=FailureConfig(
+                **cast(Any, {"max_failures": -1, "max_preemption_failures": -1, "controller_failure_limit": -1})
+            ),
+            callbacks=cast(Any, [Supervisor(mailbox)]),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
                 checkpoint_score_attribute=METRIC if config.evaluates else None,
@@ -264,19 +299,10 @@ def _summarize(
         "epoch": outcome.get("epoch"),
         "attempts": len(run.world_sizes()),
         "world_sizes": run.world_sizes(),
+        "skipped_steps": len({event["skipped_step"] for event in run.events() if "skipped_step" in event}),
         "tokens": monitor.tokens,
         "tokens_per_second": round(monitor.tokens_timed / seconds, 1) if seconds > 0 else None,
         "seconds": phases.seconds,
         "sharding": outcome.get("sharding"),
         "manta": __version__,
     }
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last worker's exception in one line; the rest is in the logs."""
-    failures = getattr(error, "worker_failures", None) or {}
-    worst: BaseException = next(iter(failures.values()), error)
-    while (cause := worst.__cause__ or getattr(worst, "cause", None)) is not None and cause is not worst:
-        worst = cause
-    text = str(worst).strip()
-    return f"{type(worst).__name__}: {text.splitlines()[-1] if text else 'no message'}"

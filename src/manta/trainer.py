@@ -5,6 +5,7 @@ The loop itself is the library's. What is overridden, and why, stands at each me
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from manta import checkpoint, lease, ledger
+from manta import checkpoint, copies, ledger
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
 from manta.runs import Run, checkpoint_path
+from manta.saver import Saver
 
+_LOG_IN_COPIES = 20  # lines
+MOST_SKIPPED = 5  # steps in a row that are left out for their gradient, before it is no accident
 _PADDING = 0  # ids under padding are masked everywhere; any valid id will do
 
 
@@ -36,20 +40,34 @@ def reseed(*parts: int) -> None:
 
 class MantaTrainer(Trainer):
     """`order` says which sequences a step takes, and `layout` how they become a batch; `run` is where
-    checkpoints go; `fingerprint` goes into each manifest.
+    checkpoints go, and `saver` writes them; `fingerprint` goes into each manifest.
 
     Attributes set while training, for callbacks: `tokens` counts the real (not padding) tokens of this worker's
-    current step.
+    current step; `entries` is what it consumed since the last complete checkpoint.
     """
 
     def __init__(
-        self, *, order: SampleOrder, layout: Layout, run: Run, fingerprint: str, start_step: int, **kwargs: Any
+        self,
+        *,
+        order: SampleOrder,
+        layout: Layout,
+        run: Run,
+        saver: Saver,
+        fingerprint: str,
+        start_step: int,
+        skip_non_finite: bool = False,
+        mailbox: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.order, self.layout, self.run, self.fingerprint = order, layout, run, fingerprint
-        self.start_step = self.saved_step = start_step
+        self.skip_non_finite, self.mailbox = skip_non_finite, mailbox
+        self.skipped: list[int] = []  # steps without an update, one after the other
+        self._loss_before: Any = None
+        self.order, self.layout, self.run, self.saver, self.fingerprint = order, layout, run, saver, fingerprint
+        self.start_step = start_step
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
-        self.lease: str | None = None  # token without which no checkpoint is written
+        self.copier: copies.Copier | None = None
+        self.copy: copies.Copy | None = None  # what this attempt goes on from, if not from a checkpoint on disk
         self.tokens = 0
         self.entries: list[ledger.Entry] = []
         self._slot = 0
@@ -87,6 +105,7 @@ class MantaTrainer(Trainer):
         """One micro-batch, with randomness of its own: dropout is the same on whichever rank it runs."""
         if self._slot == 0:
             self.tokens = 0
+            self._loss_before = self._tr_loss.clone()
         index = self._slot * self.args.world_size + self.args.process_index
         self._slot = (self._slot + 1) % self.args.gradient_accumulation_steps
         rows = [row for row in inputs.pop("rows").tolist() if row != MASKED]
@@ -98,22 +117,38 @@ class MantaTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before the optimizer step on a NaN or infinite gradient; the norm is global, so all ranks stop.
+        """Stop before the optimizer step on a NaN or infinite gradient, or leave the step out if that is allowed.
 
-        Stock Trainer would log the loss as 0.0, write the NaN into the weights and save them.
+        The norm is global, so all ranks do the same. Stock Trainer would log the loss as 0.0, write the NaN into the
+        weights and save them.
         """
+        self.saver.wait_copied()  # both read what the optimizer is about to change
+        if self.copier:
+            self.copier.wait_read()
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not np.isfinite(float(norm)):
             step, sequences = self.state.global_step, cast(Rows, self.train_dataset)
             entries = [entry for part in checkpoint.gather(self.entries) for entry in part if entry[0] == step]
             rows = sorted(source for _, _, rows in entries for row in rows for source in sequences.sources(row))
-            raise NonFiniteError(
+            text = (
                 f"The gradient of step {step + 1} is {float(norm)}; nothing of that step was kept. Its samples are the "
-                f"source rows {rows} (see `row` in training.jsonl). Look at them, lower --learning_rate, or try "
-                "--dtype float32."
+                f"source rows {rows} (see `row` in training.jsonl)."
             )
+            self.skipped = [*(self.skipped if step in self.skipped else []), step + 1]
+            if not self.skip_non_finite or len(self.skipped) == MOST_SKIPPED:
+                raise NonFiniteError(f"{text} Look at them, lower --learning_rate, or try --dtype float32.")
+            return self._leave_out(model, text)
         return norm
+
+    def _leave_out(self, model: Any, text: str) -> None:
+        """No gradients: the optimizer then changes neither weights nor its own state. The loss is not logged."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # the mean of the logged steps has one less
+        if self.is_world_process_zero() and self.mailbox is not None:
+            self.mailbox.put.remote({"kind": "note", "text": text, "skipped_step": self.skipped[-1]})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Without empty groups: LoRA leaves the no-decay one empty, and a flattened load reads each group's first."""
@@ -141,6 +176,7 @@ class MantaTrainer(Trainer):
             rows += int((inputs.pop("rows") != MASKED).sum())
             del inputs["tokens"]
             count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.model_wrapped(**self._prepare_inputs(inputs)).loss
             if count:  # the loss of a fully masked batch is NaN: a mean of nothing
@@ -167,18 +203,8 @@ class MantaTrainer(Trainer):
     # --- Checkpoints: the library refuses to write those of a model that was sharded at load.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint of this step, with the ledger of what it consumed."""
+        """Begin the checkpoint of this step, with the ledger of what it consumed since the one before."""
         step = self.state.global_step
-        if lost := checkpoint.gather(lease.loss(self.run.path, self.lease))[0]:
-            raise UserError(lost)
-        states: Any = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if hasattr(callback, "state"):
-                states[type(callback).__name__] = callback.state()
-        entries = [entry for part in checkpoint.gather(self.entries) for entry in part]
-        if self.is_world_process_zero():
-            ledger.write(self.run.ledger, self.saved_step, step, entries)
-        self.entries = []
         position = {
             "step": step,
             "samples": step * self.order.micro_batches * self.order.batch,
@@ -192,11 +218,36 @@ class MantaTrainer(Trainer):
             "world_size": self.args.world_size,
             "config_fingerprint": self.fingerprint,
         }
-        folder = checkpoint_path(self.run.path, step, self.taken)
-        checkpoint.save(folder, self.model, self._plain_optimizer(), self.lr_scheduler, self.state, position, about)
-        self.saved_step = step
+        taken = checkpoint.snapshot(
+            self.model, self.plain_optimizer(), self.lr_scheduler, self.state_to_save(), position
+        )
+        entries = self.entries_since_checkpoint()
+        self.saver.save(checkpoint_path(self.run.path, step, self.taken), taken, entries, about)
 
-    def _plain_optimizer(self) -> Any:
+    def state_to_save(self) -> Any:
+        """The library's TrainerState, with the state of its callbacks."""
+        states: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if hasattr(callback, "state"):
+                states[type(callback).__name__] = callback.state()
+        return self.state
+
+    def about_copy(self) -> dict[str, Any]:
+        """What a copy needs besides tensors. Of the log only its end, which grows with the run."""
+        state = dataclasses.replace(self.state_to_save(), log_history=self.state.log_history[-_LOG_IN_COPIES:])
+        return {
+            "state": checkpoint.state_text(state),
+            "scheduler": cast(Any, self.lr_scheduler).state_dict(),
+            "committed": self.saver.committed,
+            "entries": self.entries_since_checkpoint(),
+        }
+
+    def entries_since_checkpoint(self) -> list[ledger.Entry]:
+        """What this rank consumed since the last complete checkpoint; what is older is in the ledger on disk."""
+        self.entries = [entry for entry in self.entries if entry[0] >= self.saver.committed]
+        return list(self.entries)
+
+    def plain_optimizer(self) -> Any:
         """Without the library's wrapper, which torch's state-dict functions do not know."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
@@ -204,8 +255,10 @@ class MantaTrainer(Trainer):
         """Nothing left to do: the model was built from the checkpoint's weights."""
 
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
-        if checkpoint_path is not None:
-            checkpoint.load_optimizer(Path(checkpoint_path), self.model, self._plain_optimizer(), self.lr_scheduler)
+        if self.copy is not None:
+            self.copy.load(self.model, self.plain_optimizer(), self.lr_scheduler)
+        elif checkpoint_path is not None:
+            checkpoint.load_optimizer(Path(checkpoint_path), self.model, self.plain_optimizer(), self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: each micro-batch reseeds."""

@@ -7,28 +7,33 @@ import os
 import socket
 import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import train
 
-from manta import checkpoint, model, progress, storage
+from manta import checkpoint, copies, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
     SaveForResumeCallback,
     SaveOnBestMetricCallback,
+    StepCopyCallback,
     StopOnRequestCallback,
 )
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Rows, SampleOrder
 from manta.data.prepare import Prepared
-from manta.errors import NonFiniteError, UserError
+from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
+from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed
+from manta.watchdog import ProgressOfLoop, Watchdog
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -49,14 +54,20 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     _log_to_file(run)
     try:
         prepared = Prepared(storage.place(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
-        return _train(config, run, prepared.fetched(), mailbox, given["lease"])
-    except (NonFiniteError, UserError) as error:
+        with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
+            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog)
+    except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
+    except (RuntimeError, MemoryError) as error:
+        _tell_if_out_of_memory(error, mailbox)
+        raise
     finally:
         _hand_in(run)
 
 
-def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None) -> dict[str, Any]:
+def _train(
+    config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None, watchdog: Watchdog
+) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = train.get_context()
@@ -64,22 +75,37 @@ def _train(config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: st
     placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
 
     resume, damaged = _resume_point(run, mailbox, rank)
-    start = 0 if resume is None else step_of(resume)
     if resume:
         storage.forget_others(resume, "checkpoint_*")
         resume = storage.fetch(resume)
-    attempt = _announce(mailbox, rank, world, start)
+    node = ray.get_runtime_context().get_node_id()
+    names = copies.keepers(mailbox, checkpoint.gather(node)) if mailbox is not None else {}
+    copy = copies.newest(list(names.values()), 0 if resume is None else step_of(resume))
+    start = copy.step if copy else 0 if resume is None else step_of(resume)
+    verdict = _announce(mailbox, rank, start, "copy" if copy else "checkpoint" if resume else "start")
 
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     if config.packing:
         model.assert_documents_apart(network, config)
-    trainer = make_trainer(config, run, prepared, network, start, world, mailbox)
-    trainer.taken, trainer.lease = damaged, lease
-    trainer.add_callback(ProgressCallback(mailbox, trainer, attempt))
+    committed = copy.committed if copy else start
+    saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
+    trainer = make_trainer(config, run, prepared, network, saver, start, world, mailbox, verdict["split"])
+    trainer.taken = damaged
+    trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
+    trainer.add_callback(ProgressOfLoop(watchdog))
+    if mailbox is not None and config.step_copies != "off":
+        say = partial(_note, mailbox, rank)
+        trainer.copier = copies.Copier(names, node, verdict["attempt"], config.step_copies, say)
+    if copy:
+        trainer.copy, trainer.entries = copy, copy.entries if rank == 0 else []
 
-    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    begin = copy.folder if copy else resume
+    outcome = trainer.train(resume_from_checkpoint=str(begin) if begin else None)
+    saver.wait()
+    if trainer.copier:
+        trainer.copier.close()
     trainer.save_metrics("train", outcome.metrics)
     state = trainer.state
     return {
@@ -102,11 +128,23 @@ def _prepare_here(config: Config, run: Run) -> Prepared:
 
 
 def make_trainer(
-    config: Config, run: Run, prepared: Prepared, network: Any, start: int, world: int, mailbox: Any = None
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    network: Any,
+    saver: Saver,
+    start: int,
+    world: int,
+    mailbox: Any = None,
+    split: int = 1,
 ) -> MantaTrainer:
-    """The trainer over prepared data, with the callbacks that decide when to save and stop."""
+    """The trainer over prepared data, with the callbacks that decide when to save and stop.
+
+    `split` divides each micro-batch into as many smaller ones, for want of memory.
+    """
     from transformers import EarlyStoppingCallback
 
+    fingerprint, config = config.fingerprint(), _divided(config, split)
     training = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
     validation = None
     if config.evaluates:
@@ -116,15 +154,15 @@ def make_trainer(
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     callbacks: list[Any] = [
-        StopOnRequestCallback(mailbox),
+        StopOnRequestCallback(mailbox, run),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
-        RayTrainReportCallback(run.path),
+        RayTrainReportCallback(saver),
     ]
     if config.evaluates and config.early_stopping_patience:
         patience = EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold)
         callbacks.insert(0, patience)
-    return MantaTrainer(
+    trainer = MantaTrainer(
         model=network,
         args=training_arguments(config, run, network.device.type, -(-micro_batches // world)),
         train_dataset=training,
@@ -133,8 +171,24 @@ def make_trainer(
         order=order,
         layout=model.layout(config, network.device.type),
         run=run,
-        fingerprint=config.fingerprint(),
+        saver=saver,
+        fingerprint=fingerprint,
         start_step=start,
+        skip_non_finite=config.non_finite == "skip",
+        mailbox=mailbox,
+    )
+    trainer.add_callback(StepCopyCallback(trainer))
+    return trainer
+
+
+def _divided(config: Config, split: int) -> Config:
+    """The same samples per step, in micro-batches of a `split`-th of the rows, and `split` times as many."""
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": config.per_device_train_batch_size // split,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * split,
+            "per_device_eval_batch_size": max(1, config.per_device_eval_batch_size // split),
+        }
     )
 
 
@@ -234,20 +288,35 @@ def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Colle
     committed = train.get_checkpoint()
     preferred = run.path / Path(committed.path).name if committed else None
     resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
-    if rank == 0 and mailbox is not None:
-        for name, problem in damaged.items():
-            mailbox.put.remote({"kind": "note", "text": f"{name} is not used: {problem}"})
+    for name, problem in damaged.items():
+        _note(mailbox, rank, f"{name} is not used: {problem}")
     return resume, damaged
 
 
-def _announce(mailbox: Any, rank: int, world: int, start: int) -> int:
-    import ray
-
-    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()})
-    attempt = [0]
+def _note(mailbox: Any, rank: int, text: str) -> None:
     if rank == 0 and mailbox is not None:
-        attempt = [ray.get(mailbox.begin_attempt.remote())]
-        mailbox.put.remote(
-            {"kind": "attempt", "attempt": attempt[0], "world_size": world, "step": start, "workers": about}
-        )
-    return checkpoint.gather(attempt[0])[0]
+        mailbox.put.remote({"kind": "note", "text": text})
+
+
+def _announce(mailbox: Any, rank: int, start: int, source: str) -> dict[str, Any]:
+    """Begin an attempt; the mailbox's verdict on it, the same on all ranks.
+
+    Raises UserError if what happened before is a reason not to go on.
+    """
+    node = {"node": ray.util.get_node_ip_address(), "node_id": ray.get_runtime_context().get_node_id()}
+    about = checkpoint.gather({"rank": rank, "pid": os.getpid(), **node})
+    verdict = {"attempt": 0, "split": 1, "stop": None}
+    if rank == 0 and mailbox is not None:
+        verdict = ray.get(mailbox.begin_attempt.remote(start, about, source=source))
+    verdict = checkpoint.gather(verdict)[0]
+    if verdict["stop"]:
+        raise UserError(verdict["stop"])
+    return verdict
+
+
+def _tell_if_out_of_memory(error: BaseException, mailbox: Any) -> None:
+    """Before the error is raised: the next attempt's micro-batches depend on it."""
+    wanted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if wanted and mailbox is not None:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))

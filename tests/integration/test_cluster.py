@@ -15,7 +15,7 @@ from manta.train import _place, _trainer
 
 def test_without_a_gpu_one_cpu_worker_is_meant(ray_cluster):
     assert cluster.device(Config()) == "cpu"
-    assert cluster.workers(Config(), "cpu") == 1
+    assert cluster.workers(Config(), "cpu") == (1, 1)
     assert cluster.resources_per_worker(Config(), "cpu") == {"CPU": 1.0}
     with pytest.raises(UserError, match="no GPU"):
         cluster.device(Config(device="cuda"))

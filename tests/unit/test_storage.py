@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 from upath import UPath
 
-from manta import garbage, lease, ledger, manifest, progress, snapshot, storage
+from manta import garbage, jsonl, lease, ledger, manifest, snapshot, storage
 from manta.config import Config
 from manta.data import prepare
 from manta.errors import UserError
+from manta.jsonl import JsonLines, append_json
 from manta.lease import Lease
 from manta.preparation import absolute, prepared_by
-from manta.progress import JsonLines, append_json
 from manta.runs import METRIC, Run
 from s3 import s3_server
 from tiny import tiny_tokenizer
@@ -228,7 +228,7 @@ def test_a_lease_is_renewed_on_the_store(folder, monkeypatch):
 
 
 def test_lines_are_added_on_a_store_and_rewritten_seldom(folder, monkeypatch):
-    monkeypatch.setattr(progress, "REWRITE_S", 1.0)
+    monkeypatch.setattr(jsonl, "REWRITE_S", 1.0)
     path = folder / "events.jsonl"
     append_json(path, {"n": 0})
     log = JsonLines(path)
@@ -246,7 +246,7 @@ def test_lines_are_added_on_a_store_and_rewritten_seldom(folder, monkeypatch):
 
 
 def test_lines_wait_for_a_store_that_fails(folder, monkeypatch):
-    monkeypatch.setattr(progress, "REWRITE_S", 0.0)
+    monkeypatch.setattr(jsonl, "REWRITE_S", 0.0)
     log = JsonLines(folder / "metrics.jsonl")
     log.add({"n": 0})
     with monkeypatch.context() as away:
@@ -264,7 +264,7 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
     try:
-        monkeypatch.setattr(progress, "REWRITE_S", 0.0)
+        monkeypatch.setattr(jsonl, "REWRITE_S", 0.0)
         log = JsonLines(disk / "metrics.jsonl")
         log.add({"n": 0})
         assert log.flush() is None
