@@ -182,8 +182,6 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
     Takes the settings of `manta train` and prepares first, or a prepared folder.
     """
     config = config_from_flags(flags)
-    from rich.console import Console
-
     from manta import inspection, storage
     from manta.data.prepare import Prepared
     from manta.preparation import prepared_by
@@ -191,7 +189,7 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
     folder = Prepared(storage.place(prepared)) if prepared else prepared_by(config)
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
     found = inspection.inspect(folder.fetched(), config, wanted, rows, split)
-    inspection.show(found, Console(highlight=False), samples)
+    inspection.show(found, _console(), samples)
     if html:
         inspection.write_html(found, Path(html))
         click.echo(f"page: {html}")
@@ -306,35 +304,29 @@ def runs() -> None:
 @click.argument("results_dir", default="results")
 def runs_list(results_dir: str) -> None:
     """One line per run in a folder of runs."""
-    from rich.console import Console
-
     from manta import history, storage
 
-    history.print_runs(storage.place(results_dir), Console(highlight=False))
+    history.print_runs(storage.place(results_dir), _console())
 
 
 @runs.command("show")
 @click.argument("run")
 def runs_show(run: str) -> None:
     """Settings, attempts, notes and checkpoints of a run."""
-    from rich.console import Console
-
     from manta import history
     from manta.runs import open_run
 
-    history.print_run(open_run(run), Console(highlight=False))
+    history.print_run(open_run(run), _console())
 
 
 @runs.command("verify")
 @click.argument("run")
 def runs_verify(run: str) -> None:
     """Compare all files of a run's checkpoints with their hashes; exit 1 if any is not as it was written."""
-    from rich.console import Console
-
     from manta import history
     from manta.runs import open_run
 
-    if history.verify(open_run(run), Console(highlight=False)):
+    if history.verify(open_run(run), _console()):
         sys.exit(1)
 
 
@@ -346,11 +338,15 @@ def runs_gc(where: str, dry_run: bool) -> None:
 
     Checkpoints that are whole stay, and so does a run that a driver has now.
     """
-    from rich.console import Console
-
     from manta import garbage
 
-    garbage.collect(where, dry_run, Console(highlight=False))
+    garbage.collect(where, dry_run, _console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
 
 
 def run_verb(verb: str) -> None:
