@@ -326,18 +326,14 @@ def runs_verify(run: str) -> None:
     from manta import history
     from manta.runs import open_run
 
-    if history.verify(open_run(run), _console()):
-        sys.exit(1)
+    sys.exit(history.verify(open_run(run), _console()) > 0)
 
 
 @runs.command("gc")
 @click.argument("where", metavar="RUN|RESULTS_DIR", default="results")
 @click.option("--dry_run", type=bool, is_flag=False, flag_value=True, default=False, help="Say what would go, only")
 def runs_gc(where: str, dry_run: bool) -> None:
-    """Delete what no run needs any more: unfinished and damaged checkpoints, ledgers of lost attempts, copies here.
-
-    Checkpoints that are whole stay, and so does a run that a driver has now.
-    """
+    """Delete unfinished and damaged checkpoints, ledgers of lost attempts, old copies here; not of a run that goes on."""
     from manta import garbage
 
     garbage.collect(where, dry_run, _console())
