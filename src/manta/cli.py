@@ -333,7 +333,7 @@ def runs_verify(run: str) -> None:
 @click.argument("where", metavar="RUN|RESULTS_DIR", default="results")
 @click.option("--dry_run", type=bool, is_flag=False, flag_value=True, default=False, help="Say what would go, only")
 def runs_gc(where: str, dry_run: bool) -> None:
-    """Delete unfinished and damaged checkpoints, ledgers of lost attempts, old copies here; not of a run that goes on."""
+    """Delete unfinished and damaged checkpoints, ledgers of lost attempts, old copies here; not of a run in use."""
     from manta import garbage
 
     garbage.collect(where, dry_run, _console())
