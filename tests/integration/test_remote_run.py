@@ -29,7 +29,7 @@ from s3 import s3_server
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVE = 90, 15
+STEPS, SAVE = 180, 20
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def latest_step(run: Run) -> int:
 @pytest.mark.parametrize("full_ft", [False, True], ids=["lora", "full"])
 def test_killed_and_resumed_on_a_store_ends_as_undisturbed_on_a_disk(full_ft, bucket, tmp_path, ray_cluster):
     """A worker is killed, then the driver with all its processes, then this machine's copies are gone, too."""
-    settings = {"max_steps": STEPS, "save_steps": SAVE, "eval_steps": 45, "full_ft": full_ft, "run_name": "run"}
+    settings = {"max_steps": STEPS, "save_steps": SAVE, "eval_steps": 90, "full_ft": full_ft, "run_name": "run"}
     undisturbed = small_config(tmp_path, **settings)
     config = small_config(tmp_path, **settings, results_dir=f"{bucket}/runs", data_dir="prepared")
     (tmp_path / "recipe.yaml").write_text(config.dump())
