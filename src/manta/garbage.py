@@ -22,7 +22,8 @@ def collect(where: str, dry_run: bool, console: Console) -> int:
     A run that a driver has is left alone, and held by us while it is cleaned. Raises UserError without any run.
     """
     place = storage.place(where)
-    found = [Run(place)] if (place / "config.yaml").is_file() else [Run(f.parent) for f in place.glob("*/config.yaml")]
+    is_run = (place / "config.yaml").is_file()
+    found = [Run(place)] if is_run else [Run(file.parent) for file in place.glob("*/config.yaml")]
     if not found:
         raise UserError(f"There is no run at {where}. Give a run's folder, or a folder of runs.")
     freed = 0
@@ -33,6 +34,9 @@ def collect(where: str, dry_run: bool, console: Console) -> int:
                 freed += sum(_delete(path, why, dry_run, console) for path, why in _leftovers(run))
         except UserError as error:  # somebody trains it
             say(console, f"left alone: {error}")
+    for path in storage.near(place).glob("*") if storage.is_remote(place) and not is_run else ():
+        if path.is_dir() and not (place / path.name).exists():
+            freed += _delete(path, "a copy on this machine of what is gone", dry_run, console)
     say(console, f"{freed / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'}")
     return freed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +345,10 @@ def test_gc_deletes_what_no_run_needs_and_nothing_else(remote, folder, tmp_path)
     if remote:
         assert [path.name for path in run.here.glob("checkpoint_*")] == ["checkpoint_00000009"]
     assert garbage.collect(str(run.path), False, console) == 0
+    if remote:
+        shutil.copytree(run.here, run.here.with_name("deleted-run"))
+        assert garbage.collect(str(run.path.parent), False, console) > 0
+        assert [path.name for path in run.here.parent.iterdir()] == ["a-run"]
     with pytest.raises(UserError, match="no run at"):
         garbage.collect(str(tmp_path / "nothing"), False, console)
 
