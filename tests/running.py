@@ -103,7 +103,7 @@ def order_of(config: Config) -> SampleOrder:
 
 
 def prepared_of(config: Config) -> Prepared:
-    return prepare.locate(config)[0]
+    return prepare.locate(config)[0].fetched()
 
 
 def weights(run: Run, step: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta import preemption
+from manta import preemption, storage
 from manta.progress import GO_ON, SAVE, STOP
 from manta.runs import METRIC, Run, newest_path
 
@@ -39,8 +39,8 @@ class StopOnRequestCallback(TrainerCallback):
     answered, and never waits for it. A worker that was asked to end does so once a checkpoint of that step is whole.
     """
 
-    def __init__(self, mailbox: Any):
-        self.mailbox = mailbox
+    def __init__(self, mailbox: Any, run: Run | None = None):
+        self.mailbox, self.run = mailbox, run
         self.asked: Any = None
         self.group: Any = None
         self.leaving_nodes: list[str] = []
@@ -56,7 +56,7 @@ class StopOnRequestCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.save_before_leaving is not None:
-            latest = Run(Path(args.output_dir or ".")).latest()
+            latest = (self.run or Run(Path(args.output_dir or "."))).latest()
             if latest and latest.step >= self.save_before_leaving:
                 preemption.leave(self.mailbox, args.process_index)
 
@@ -118,14 +118,15 @@ class RayTrainReportCallback(TrainerCallback):
 
     Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
     their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
-    `saver` writes them in the background; without one they are there when this is called.
+    `saver` writes them in the background; without one they are there, in the trainer's output_dir, when this is called.
     """
 
     def __init__(self, saver: Saver | None = None):
         self.saver = saver
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder, step = Path(args.output_dir or "."), state.global_step
+        folder = self.saver.run.path if self.saver else Path(args.output_dir or ".")
+        step = state.global_step
         metrics: dict[str, Any] = {"step": step, "epoch": state.epoch}
         for log in state.log_history:
             if log.get("step") == step:
@@ -137,7 +138,7 @@ class RayTrainReportCallback(TrainerCallback):
             path = newest_path(folder, step)
             train.report(
                 metrics,
-                checkpoint=train.Checkpoint.from_directory(path),
+                checkpoint=train.Checkpoint(*storage.arrow(path)),
                 checkpoint_dir_name=path.name,
                 checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
             )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from manta import manifest
+from manta import manifest, storage
 from manta.errors import StorageError
 from manta.model import WEIGHTS
 
@@ -82,28 +81,38 @@ def state_text(state: Any) -> str:
 def write(folder: Path, taken: Snapshot, about: dict[str, Any], group: Any = None) -> None:
     """Write a copied snapshot, each rank its own files; `about` goes into the manifest.
 
+    For a remote folder, each rank writes in a folder of its own on its node, and uploads what it wrote.
     Raises StorageError on all ranks with what the storage said to any of them.
     """
     import torch.distributed.checkpoint as dcp
 
-    first = rank() == 0
+    first, remote = rank() == 0, storage.is_remote(folder)
+    here = storage.staging(folder, rank())
 
     def begin() -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left of the same step
-        folder.mkdir(parents=True)
+        if first:
+            storage.remove(folder)  # what a killed attempt left of the same step
+        if first or remote:
+            storage.remove(here)
+            here.mkdir(parents=True)
 
     def add_texts() -> None:
         for name, text in taken.texts.items():
-            manifest.write_text(folder / name, text)
+            manifest.write_text(here / name, text)
 
     def digest() -> manifest.FileDigests:
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        return manifest.digests(folder, names[rank() :: world()])
+        names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
+        if not remote:
+            return manifest.digests(here, names[rank() :: world()])
+        mine = manifest.digests(here, names)
+        storage.upload(here, folder, mine)
+        storage.remove(here)
+        return mine
 
-    together(begin if first else None, group)
-    together(lambda: _write_weights(folder / WEIGHTS, taken, group), group)
+    together(begin, group)
+    together(lambda: _write_weights(here / WEIGHTS, taken, group), group)
     together(
-        lambda: dcp.save({"optimizer": taken.optimizer}, checkpoint_id=folder / OPTIMIZER, process_group=group), group
+        lambda: dcp.save({"optimizer": taken.optimizer}, checkpoint_id=here / OPTIMIZER, process_group=group), group
     )
     together(add_texts if first else None, group)
     files = {name: about for part in together(digest, group) for name, about in part.items()}
@@ -130,7 +139,7 @@ def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dic
         candidates = [preferred] if preferred else []
         candidates += sorted((path for path in others if path != preferred), reverse=True)
         for path in candidates if preferred else []:
-            problem = manifest.damage(path)
+            problem = storage.problem(path)
             if problem is None:
                 decision[0] = path
                 break

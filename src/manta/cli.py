@@ -182,16 +182,14 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
     Takes the settings of `manta train` and prepares first, or a prepared folder.
     """
     config = config_from_flags(flags)
-    from rich.console import Console
-
-    from manta import inspection
+    from manta import inspection, storage
     from manta.data.prepare import Prepared
     from manta.preparation import prepared_by
 
-    folder = Prepared(Path(prepared).absolute()) if prepared else prepared_by(config)
+    folder = Prepared(storage.place(prepared)) if prepared else prepared_by(config)
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
-    found = inspection.inspect(folder, config, wanted, rows, split)
-    inspection.show(found, Console(highlight=False), samples)
+    found = inspection.inspect(folder.fetched(), config, wanted, rows, split)
+    inspection.show(found, _console(), samples)
     if html:
         inspection.write_html(found, Path(html))
         click.echo(f"page: {html}")
@@ -243,11 +241,11 @@ def convert(
     no_merge: bool,
 ) -> None:
     """Write a run's best checkpoint as a Hugging Face model folder."""
-    from manta import runs
+    from manta import runs, storage
     from manta.convert import convert as convert_run
 
     found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-    click.echo(convert_run(found, Path(output_dir) if output_dir else None, merge=not no_merge))
+    click.echo(convert_run(found, storage.place(output_dir) if output_dir else None, merge=not no_merge))
 
 
 @main.command()
@@ -306,36 +304,45 @@ def runs() -> None:
 @click.argument("results_dir", default="results")
 def runs_list(results_dir: str) -> None:
     """One line per run in a folder of runs."""
-    from rich.console import Console
+    from manta import history, storage
 
-    from manta import history
-
-    history.print_runs(Path(results_dir), Console(highlight=False))
+    history.print_runs(storage.place(results_dir), _console())
 
 
 @runs.command("show")
 @click.argument("run")
 def runs_show(run: str) -> None:
     """Settings, attempts, notes and checkpoints of a run."""
-    from rich.console import Console
-
     from manta import history
     from manta.runs import open_run
 
-    history.print_run(open_run(run), Console(highlight=False))
+    history.print_run(open_run(run), _console())
 
 
 @runs.command("verify")
 @click.argument("run")
 def runs_verify(run: str) -> None:
     """Compare all files of a run's checkpoints with their hashes; exit 1 if any is not as it was written."""
-    from rich.console import Console
-
     from manta import history
     from manta.runs import open_run
 
-    if history.verify(open_run(run), Console(highlight=False)):
-        sys.exit(1)
+    sys.exit(history.verify(open_run(run), _console()) > 0)
+
+
+@runs.command("gc")
+@click.argument("where", metavar="RUN|RESULTS_DIR", default="results")
+@click.option("--dry_run", type=bool, is_flag=False, flag_value=True, default=False, help="Say what would go, only")
+def runs_gc(where: str, dry_run: bool) -> None:
+    """Delete unfinished and damaged checkpoints, ledgers of lost attempts, old copies here; not of a run in use."""
+    from manta import garbage
+
+    garbage.collect(where, dry_run, _console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
 
 
 def run_verb(verb: str) -> None:

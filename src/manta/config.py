@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from manta import manifest, storage
 from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json
 from manta.errors import ConfigError
 
@@ -100,7 +101,9 @@ class Config(BaseModel):
 
     # --- Data
     data_dir: str = Field(
-        "prepared", min_length=1, description="Where prepared data is kept, one folder per fingerprint"
+        "prepared",
+        min_length=1,
+        description="Where prepared data is kept, one folder per fingerprint: a folder or a URL such as s3://bucket/data",
     )
     chat_template: str | None = Field(
         None, description="Jinja file, or a model family such as qwen3; default: the tokenizer's own"
@@ -160,7 +163,9 @@ class Config(BaseModel):
     torch_timeout_s: int = Field(7200, ge=1, description="Time limit of one collective operation, in seconds")
 
     # --- Output
-    results_dir: str = Field("results", min_length=1, description="Folder of all runs")
+    results_dir: str = Field(
+        "results", min_length=1, description="Folder of all runs, or its URL, such as s3://bucket/runs"
+    )
     run_name: str | None = Field(None, description="Folder of this run in results_dir; default: model and fingerprint")
     logging_dir: str | None = Field(None, description="TensorBoard's folder; default: tensorboard in the run's folder")
     report_to: str = Field("none", min_length=1, description="tensorboard, wandb, mlflow (comma-separated), or none")
@@ -283,9 +288,8 @@ def whole_path(name: str) -> str:
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
-    path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(manifest.read_text(storage.place(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manta import __version__, manifest
+from manta import __version__, manifest, storage
 from manta.config import Config
 from manta.data.prepare import Prepared
 from manta.data.tokenize import load_tokenizer
@@ -34,10 +35,11 @@ def convert(run: Run, output: Path | None = None, merge: bool = True) -> Path:
     if not merge and config.full_ft:
         raise UserError(f"{run.name} trained every weight: there is no adapter to keep apart. Leave out --no_merge.")
     checkpoint = usable_checkpoint(run)
-    output = output.absolute() if output else run.path / ("export" if merge else "adapter")
+    output = storage.place(output) if output else run.path / ("export" if merge else "adapter")
     _check_replaceable(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    near = storage.near(output)
+    near.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=near.parent))
     try:
         if merge:
             tuned = load_tuned(config, checkpoint, torch.float32)
@@ -58,19 +60,22 @@ def convert(run: Run, output: Path | None = None, merge: bool = True) -> Path:
         }
         manifest.close(staging, manifest.digests(staging), lineage)
         staging.chmod(0o755)  # temporary folders are private
-        _swap(staging, output)
+        if storage.is_remote(output):
+            storage.publish(staging, output)
+        else:
+            _swap(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return output
 
 
 def usable_checkpoint(run: Run) -> Checkpoint:
-    """The best checkpoint whose files are as they were written. Raises UserError if there is none."""
+    """The best checkpoint whose files are as they were written, on this node. Raises UserError if there is none."""
     problems = []
     for checkpoint in sorted(run.checkpoints(), key=lambda found: (found.eval_loss, -found.step)):
-        problem = manifest.damage(checkpoint.path)
+        problem = storage.problem(checkpoint.path)
         if problem is None:
-            return checkpoint
+            return replace(checkpoint, path=storage.fetch(checkpoint.path))
         problems.append(f"{checkpoint.path.name}: {problem}")
     raise UserError(f"{run.path} has no usable checkpoint ({'; '.join(problems) or 'none was written'}). Train first.")
 

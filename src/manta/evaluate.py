@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from manta import manifest
+from manta import manifest, storage
 from manta.config import Config
 from manta.convert import load_tuned, usable_checkpoint
 from manta.data.batches import collate
@@ -61,7 +61,7 @@ def evaluate(
     sampling = sampling or Sampling()
     config = run.config()
     checkpoint = usable_checkpoint(run)
-    rows = _test_rows(run, Path(test_path) if test_path else None)[:max_samples]
+    rows = _test_rows(run, storage.place(test_path) if test_path else None)[:max_samples]
     tokenizer = load_tokenizer(config.hf_model_id, config.trust_remote_code)
     stops: Any = tokenizer.convert_tokens_to_ids(stop_tokens(config.hf_model_id, tokenizer))
     where = _device(device)
@@ -87,7 +87,7 @@ def evaluate(
         }
 
     folder = run.path / "evaluation"
-    folder.mkdir(exist_ok=True)
+    storage.make_folder(folder)
     lines = [
         json.dumps({**row, **{name: given[i] for name, given in answers.items()}}, ensure_ascii=False)
         for i, row in enumerate(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from manta import lease, manifest
+from manta import lease, manifest, storage
 from manta.errors import ConfigError
 from manta.runs import Run
 from manta.snapshot import DAMAGED
@@ -78,7 +78,7 @@ def print_run(run: Run, console: Console) -> None:
 def verify(run: Run, console: Console) -> int:
     """Compare every file of every checkpoint with its hash; returns how many checkpoints are not as they were."""
     damaged = [path.name for path in sorted(run.path.glob(f"{DAMAGED}*"))]
-    for path in sorted(run.path.glob("checkpoint_*[0-9]")):
+    for path in sorted(path for path in run.path.glob("checkpoint_*") if path.name[-1].isdigit()):
         problem = manifest.damage(path)
         console.print(f"{path.name}: {problem or 'whole'}", markup=False, soft_wrap=True)
         damaged += [path.name] if problem else []
@@ -89,4 +89,5 @@ def verify(run: Run, console: Console) -> int:
 
 
 def _changed(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.glob("*.json*")))
+    files = [*folder.glob("*.json*"), folder / "config.yaml"]
+    return max(path.stat().st_mtime for path in files + ([] if storage.is_remote(folder) else [folder]))

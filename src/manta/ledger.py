@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from manta import manifest
+from manta import manifest, storage
 
 # (step, micro-batch, rows): step counts from 0, rows are indices into the tokenized training split.
 Entry = tuple[int, int, list[int]]
@@ -19,7 +19,7 @@ Entry = tuple[int, int, list[int]]
 
 def write(folder: Path, parent: int, step: int, entries: list[Entry]) -> None:
     """Write the segment of steps `parent` … `step`-1."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     lines = [json.dumps({"parent": parent, "step": step})]
     lines += [
         json.dumps({"step": number, "micro_batch": index, "rows": rows}) for number, index, rows in sorted(entries)
@@ -31,10 +31,19 @@ def read(folder: Path, step: int) -> list[Entry]:
     """Everything that the checkpoint of `step` has consumed, in order of step and micro-batch."""
     segments = []
     while step > 0:
-        lines = [json.loads(line) for line in _segment(folder, step).read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in manifest.read_text(_segment(folder, step)).splitlines()]
         segments.append([(line["step"], line["micro_batch"], line["rows"]) for line in lines[1:]])
         step = lines[0]["parent"]
     return list(_concatenated(segments))
+
+
+def chain(folder: Path, step: int) -> list[str]:
+    """Names of the segments behind the checkpoint of `step`, as far as they are there; the newest first."""
+    names = []
+    while step > 0 and _segment(folder, step).exists():
+        names.append(_segment(folder, step).name)
+        step = json.loads(manifest.read_text(_segment(folder, step)).partition("\n")[0])["parent"]
+    return names
 
 
 def _concatenated(segments: list[list[Entry]]) -> Iterator[Entry]:

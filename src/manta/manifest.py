@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ FileDigests = dict[str, dict[str, Any]]
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` atomically: readers see the old text or the new one, also after a power cut."""
+    if not isinstance(path, Path):  # on an object store, where a file is there once it is written whole
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -34,11 +37,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """What a text file holds, at one moment: a store is asked once, so that a replacement never comes in between."""
+    if isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    remote: Any = path
+    return remote.fs.cat_file(remote.path).decode()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object that a JSON file holds, or None if there is none that can be read."""
+    """The object that a JSON file holds, or None if there is no file or no JSON in it.
+
+    A storage that fails is another matter, and raises: what cannot be read just now is not gone.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(read_text(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -88,12 +102,20 @@ def damage(folder: Path, content: bool = True) -> str | None:
     manifest = read(folder)
     if manifest is None:
         return "it has no readable manifest"
+    sizes = _sizes(folder, manifest["files"])
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
+        if name not in sizes:
             return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if content and sha256(path) != expected["sha256"]:
+        if sizes[name] != expected["size"]:
+            return f"{name} has {sizes[name]} bytes instead of {expected['size']}"
+        if content and sha256(folder / name) != expected["sha256"]:
             return f"{name} does not match its SHA-256"
     return None
+
+
+def _sizes(folder: Any, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of each file that is there; on an object store by one listing, not a question for each."""
+    if isinstance(folder, Path):
+        return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    found = folder.fs.find(folder.path, detail=True)
+    return {name.removeprefix(f"{folder.path}/"): about["size"] for name, about in found.items()}

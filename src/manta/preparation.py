@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from manta import cluster
+from manta import cluster, storage
 from manta.config import Config, whole_path
 from manta.data import formats, lint, prepare
 from manta.data.prepare import Prepared
@@ -59,13 +59,16 @@ def check_data(config: Config, prepared: Prepared, console: Console) -> None:
 
 
 def absolute(config: Config) -> Config:
-    """Local folders by their whole path, so that the saved config works from anywhere."""
+    """Local folders by their whole path, so that the saved config works from anywhere.
+
+    Where results go to a store and nothing is said about the data, it goes there too: other nodes must find it.
+    """
     data = config.hf_dataset_config
     return config.model_copy(
         update={
             "hf_model_id": whole_path(config.hf_model_id),
-            "results_dir": str(Path(config.results_dir).expanduser().absolute()),
-            "data_dir": str(Path(config.data_dir).expanduser().absolute()),
+            "results_dir": str(storage.place(config.results_dir)),
+            "data_dir": str(storage.place(_data_dir(config))),
             "chat_template": config.chat_template and whole_path(config.chat_template),
             "hf_dataset_config": data.model_copy(
                 update={
@@ -77,6 +80,11 @@ def absolute(config: Config) -> Config:
             ),
         }
     )
+
+
+def _data_dir(config: Config) -> str:
+    is_default = config.data_dir == Config.model_fields["data_dir"].default
+    return f"{config.results_dir}/prepared" if is_default and storage.is_remote(config.results_dir) else config.data_dir
 
 
 def make(config: Config, prepared: Prepared, parts: dict[str, Any], job: Job, console: Console) -> None:

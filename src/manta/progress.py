@@ -5,7 +5,6 @@ A side channel on purpose: `ray.train.report` is collective and costs up to two 
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from manta.attempts import Attempts, Cause
+from manta.jsonl import JsonLines
 
 NAMESPACE = "manta"
 _POLL_S = 0.25
@@ -143,7 +143,8 @@ class Monitor:
     """Drains a mailbox in a thread of the driver: events.jsonl, metrics.jsonl, and the display."""
 
     def __init__(self, mailbox: Any, events: Path, metrics: Path, display: Display):
-        self.mailbox, self.events, self.metrics, self.display = mailbox, events, metrics, display
+        self.mailbox, self.display = mailbox, display
+        self.events, self.metrics = JsonLines(events), JsonLines(metrics)
         self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
         self.first_step_time: float | None = None
         self.last_step_time: float | None = None
@@ -152,12 +153,16 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
 
     def __enter__(self) -> Self:
+        self.events.open()
+        self.metrics.open()
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+        self.events.close()
+        self.metrics.close()
 
     def _run(self) -> None:
         passed_on = False
@@ -177,6 +182,9 @@ class Monitor:
             return  # a lost display never ends a run
         for message in messages:
             self._take(message)
+        for log in (self.events, self.metrics):
+            if problem := log.flush():
+                self.display.note(problem)
 
     def _take(self, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -188,9 +196,9 @@ class Monitor:
                 self.tokens_timed += message["tokens"]
             self.last_step_time = message["time"]
         elif kind == "log":
-            append_json(self.metrics, message)
+            self.metrics.add(message)
         elif kind != "restart":  # what the judged failure will say again
-            append_json(self.events, message)
+            self.events.add(message)
         self.display.take(message)
 
 
@@ -281,9 +289,3 @@ class Display:
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup, no wrapping."""
     console.print(text, markup=False, soft_wrap=True)
-
-
-def append_json(path: Path, value: dict[str, Any]) -> None:
-    """Append one line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from manta import manifest
+from manta import manifest, storage
 from manta.config import Config, whole_path
 from manta.errors import UserError
 
@@ -78,6 +77,11 @@ class Run:
         return self.path.name
 
     @property
+    def here(self) -> Path:
+        """This node's folder for what is written bit by bit: the run's own, or in the cache of a remote one."""
+        return storage.near(self.path)
+
+    @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
 
@@ -111,13 +115,13 @@ class Run:
     def prepared(self) -> Path:
         """The folder of the data that the run trains on. Raises UserError if it is not known."""
         try:
-            return Path(json.loads((self.path / _DATA).read_text(encoding="utf-8"))["prepared"])
+            return storage.place(json.loads(manifest.read_text(self.path / _DATA))["prepared"])
         except FileNotFoundError as error:
             raise UserError(f"{self.path} does not say which data it trained on: {_DATA} is missing.") from error
 
     def start(self, config: Config, prepared: Path) -> None:
         """Make the folder, with what is needed to repeat the run and to find its data."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(self.path)
         one_start = {"stop_at_step": None, "resume_from_checkpoint": True}  # belong to this start, not to the run
         manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
         manifest.write_text(self.config_file, config.model_copy(update=one_start).dump())
@@ -125,7 +129,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it has not."""
         try:
-            return json.loads(self.result_file.read_text(encoding="utf-8"))
+            return json.loads(manifest.read_text(self.result_file))
         except FileNotFoundError:
             return None
 
@@ -133,7 +137,7 @@ class Run:
         """What happened, oldest first, over all starts of the run."""
         if not self.events_file.exists():
             return []
-        return [json.loads(line) for line in self.events_file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in manifest.read_text(self.events_file).splitlines()]
 
     def world_sizes(self) -> list[int]:
         """Number of workers of each attempt so far."""
@@ -158,7 +162,7 @@ class Run:
         """Delete checkpoint folders that a killed worker left without a manifest; returns their names."""
         unfinished = [path for path in self.path.glob(f"{_PREFIX}*") if path.is_dir() and manifest.read(path) is None]
         for path in unfinished:
-            shutil.rmtree(path)
+            storage.remove(path)
         return [path.name for path in unfinished]
 
 
@@ -171,7 +175,7 @@ def default_name(config: Config) -> str:
 
 def of(config: Config) -> Run:
     """The run that `config` names, by `run_name` or by its own settings."""
-    return Run(Path(config.results_dir).absolute() / (config.run_name or default_name(config)))
+    return Run(storage.place(config.results_dir) / (config.run_name or default_name(config)))
 
 
 def find(results_dir: str | Path, base_model: str | None = None, full_ft: bool | None = None) -> Run:
@@ -181,7 +185,7 @@ def find(results_dir: str | Path, base_model: str | None = None, full_ft: bool |
     """
     wanted = f" of {base_model}" if base_model else ""
     runs = []
-    for path in sorted(Path(results_dir).absolute().glob("*/config.yaml")):
+    for path in sorted(storage.place(results_dir).glob("*/config.yaml")):
         run = Run(path.parent)
         config = run.config()
         if (base_model and whole_path(base_model) != config.hf_model_id) or full_ft not in (None, config.full_ft):
@@ -198,7 +202,7 @@ def find(results_dir: str | Path, base_model: str | None = None, full_ft: bool |
 
 def open_run(path: str | Path) -> Run:
     """The run at `path`. Raises UserError if there is none."""
-    run = Run(Path(path).absolute())
+    run = Run(storage.place(path))
     if not run.config_file.is_file():
         raise UserError(f"{path} is not a run: it has no config.yaml. Give --run a folder that `manta train` made.")
     return run

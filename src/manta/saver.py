@@ -114,16 +114,19 @@ class Saver:
         self, folder: Path, taken: checkpoint.Snapshot, entries: list[ledger.Entry], about: dict[str, Any]
     ) -> None:
         step = about["step"]
-        if lost := checkpoint.gather(lease.loss(self.run.path, self.token), self.group)[0]:
-            raise UserError(lost)
         parts = checkpoint.gather(entries, self.group)
         new = [entry for part in parts for entry in part if entry[0] >= self.committed]
+
+        def ask_for_lease() -> str | None:
+            return lease.loss(self.run.path, self.token)
 
         def write_ledger() -> None:
             ledger.write(self.run.ledger, self.committed, step, new)
 
         for pause in (*TRIES_AFTER_S, None):
             try:
+                if lost := checkpoint.together(ask_for_lease if checkpoint.rank() == 0 else None, self.group)[0]:
+                    raise UserError(lost)
                 checkpoint.together(write_ledger if checkpoint.rank() == 0 else None, self.group)
                 checkpoint.write(folder, taken, about, self.group)
                 break

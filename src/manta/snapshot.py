@@ -7,10 +7,9 @@ them the list is made anew. Format: ray/train/v2/_internal/execution/checkpoint/
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
-from manta import manifest
+from manta import manifest, storage
 from manta.runs import METRIC, Checkpoint, Run
 
 NAME = "checkpoint_manager_snapshot.json"
@@ -20,16 +19,15 @@ DAMAGED = "damaged-"
 def repair(run: Run) -> list[str]:
     """Put damaged checkpoints aside and make the list agree with those that are whole; returns what was done.
 
-    Every checkpoint is verified by hash.
+    Local checkpoints are verified by hash, remote ones by size: whoever uses one of these hashes what it fetched.
     """
     import ray
 
     done = []
     for found in run.checkpoints():
-        if problem := manifest.damage(found.path):
+        if problem := manifest.damage(found.path, content=not storage.is_remote(found.path)):
             aside = found.path.with_name(f"{DAMAGED}{found.path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            found.path.rename(aside)
+            storage.move(found.path, aside)
             done.append(f"{found.path.name} is put aside: {problem}")
     whole = run.checkpoints()
     path = run.path / NAME

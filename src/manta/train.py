@@ -11,15 +11,16 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs, snapshot
+from manta import __version__, cluster, manifest, runs, snapshot, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
+from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
 from manta.preparation import absolute, check_data, make
-from manta.progress import Display, Monitor, append_json, open_mailbox, say
+from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -49,6 +50,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     """
     console = console or Console(stderr=True, highlight=False)
     phases = Phases()
+    storage.check(config.results_dir)
     config, run = resolve(config)
     finished = run.result()
     if finished and finished["status"] == FINISHED:
@@ -224,6 +226,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
     fewest, most = config.worker_range or (1, 1)
 
     on = config.device
+    folder, filesystem = storage.arrow(run.path.parent)
     environment = {"TOKENIZERS_PARALLELISM": "false"}
     if on == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -253,7 +256,8 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
         torch_config=ListeningTorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
         run_config=RunConfig(
             name=run.name,
-            storage_path=str(run.path.parent),
+            storage_path=folder,
+            storage_filesystem=filesystem,
             # Without limits: the mailbox decides, by cause, and a lost node may take long to come back.
             failure_config=FailureConfig(
                 **cast(Any, {"max_failures": -1, "max_preemption_failures": -1, "controller_failure_limit": -1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 import sys
 from collections.abc import Collection
 from functools import partial
@@ -16,7 +17,7 @@ import ray
 import torch
 from ray import train
 
-from manta import checkpoint, copies, model, progress
+from manta import checkpoint, copies, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -52,18 +53,20 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     settings = dict(config_dict)
     given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
-    run = Run(Path(given["run"] or train.get_context().get_storage().experiment_fs_path))
+    run = Run(storage.place(given["run"]) if given["run"] else _folder_of_experiment())
     mailbox = progress.find_mailbox(given["mailbox"])
     _log_to_file(run)
     try:
-        prepared = Prepared(Path(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
+        prepared = Prepared(storage.place(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
         with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
-            return _train(config, run, prepared, mailbox, given["lease"], watchdog)
+            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog)
     except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
     except (RuntimeError, MemoryError) as error:
         _tell_if_out_of_memory(error, mailbox)
         raise
+    finally:
+        _hand_in(run)
 
 
 def _train(
@@ -76,6 +79,9 @@ def _train(
     placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
 
     resume, damaged = _resume_point(run, mailbox, rank)
+    if resume:
+        storage.forget_others(resume, "checkpoint_*")
+        resume = storage.fetch(resume)
     node = ray.get_runtime_context().get_node_id()
     names = copies.keepers(mailbox, checkpoint.gather(node)) if mailbox is not None else {}
     copy = copies.newest(list(names.values()), 0 if resume is None else step_of(resume))
@@ -152,7 +158,7 @@ def make_trainer(
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     callbacks: list[Any] = [
-        StopOnRequestCallback(mailbox),
+        StopOnRequestCallback(mailbox, run),
         SaveOnBestMetricCallback(),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
         RayTrainReportCallback(saver),
@@ -201,9 +207,9 @@ def training_arguments(config: Config, run: Run, device: str, accumulation: int)
     warmup = config.warmup_steps
     cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
     reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.path / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.here / "tensorboard")
     return TrainingArguments(
-        output_dir=str(run.path),
+        output_dir=str(run.here),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
@@ -243,18 +249,48 @@ def training_arguments(config: Config, run: Run, device: str, accumulation: int)
 
 def _log_to_file(run: Run) -> None:
     """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead."""
-    run.logs.mkdir(parents=True, exist_ok=True)
-    log = (run.logs / f"worker-{train.get_context().get_world_rank():05d}.log").open("ab", buffering=0)
+    log_file = _log_file(run)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log = log_file.open("ab", buffering=0)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
 
 
+def _log_file(run: Run) -> Path:
+    return run.here / "logs" / f"worker-{train.get_context().get_world_rank():05d}.log"
+
+
+def _hand_in(run: Run) -> None:
+    """Upload what this worker wrote on its node, as far as the store takes it: a log is no reason to fail."""
+    if not storage.is_remote(run.path):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    log, results = _log_file(run), []
+    if train.get_context().get_world_rank() == 0:
+        written = [*run.here.glob("*.json"), *(run.here / "tensorboard").rglob("*")]
+        results = [str(path.relative_to(run.here)) for path in written if path.is_file()]
+    try:
+        storage.upload(log.parent, run.logs / socket.gethostname(), [log.name])
+        storage.upload(run.here, run.path, results)
+    except OSError as error:
+        print(f"Not uploaded: {error}", file=sys.stderr)
+
+
+def _folder_of_experiment() -> Path:
+    """Ray's folder of the experiment, where the workers were not started by `manta train`."""
+    where = train.get_context().get_storage()
+    kind = where.storage_filesystem.type_name
+    scheme = {"s3": "s3://", "gcs": "gs://"}.get(kind, "")
+    return storage.place(f"{scheme}{where.experiment_fs_path}")
+
+
 def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Collection[str]]:
     """The checkpoint that Ray committed last; an older one, with a note, if it is damaged. And the damaged."""
     committed = train.get_checkpoint()
-    preferred = Path(committed.path) if committed else None
+    preferred = run.path / Path(committed.path).name if committed else None
     resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
     for name, problem in damaged.items():
         _note(mailbox, rank, f"{name} is not used: {problem}")

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
 from manta.config import Config
 from manta.data import prepare
 from manta.errors import UserError
+from s3 import s3_server
 from tiny import tiny_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"{number}!"} for number in range(40)]
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket():
     """A client with the empty bucket `corpus`."""
     import boto3
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="corpus")
-        yield client
-    finally:
-        server.terminate()
-        server.wait(10)
+    with s3_server("corpus"):
+        yield boto3.client("s3")
 
 
 def config_of(folder, name):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from manta import manifest
+from manta import manifest, storage
 from manta.config import Config
 from manta.data import formats, lint, packing, shards, source, tokenize
 from manta.data.chat import load_chat_template
@@ -50,6 +50,10 @@ class Prepared:
     """A complete folder of prepared data."""
 
     path: Path
+
+    def fetched(self) -> Prepared:
+        """The same on this node, where its tokens can be memory-mapped."""
+        return Prepared(storage.fetch(self.path))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def locate(config: Config) -> tuple[Prepared, dict[str, Any]]:
         "tokenizer": tokenize.identity(config.hf_model_id, config.trust_remote_code),
         "code": manifest.fingerprint({path.name: manifest.sha256(path) for path in Path(__file__).parent.glob("*.py")}),
     }
-    return Prepared(Path(config.data_dir).absolute() / manifest.fingerprint(parts)), parts
+    return Prepared(storage.place(config.data_dir) / manifest.fingerprint(parts)), parts
 
 
 def is_ready(prepared: Prepared) -> bool:
@@ -131,7 +135,9 @@ def open_job(config: Config, prepared: Prepared) -> Job:
     except BaseException:
         forget_sources(prepared)
         raise
-    staging = prepared.path.with_name(f".staging-{prepared.path.name}")
+    near = storage.near(prepared.path)
+    near.parent.mkdir(parents=True, exist_ok=True)
+    staging = near.with_name(f".staging-{near.name}")
     return Job(config.to_dict(), tuple(sources), found, splits, staging, template)
 
 
@@ -152,13 +158,16 @@ def prepare(
 
     `on_rows(done, total)` is called as shards end. After a kill the same call goes on from the shards that were done.
     Of two processes that prepare the same data, one waits for the other. Raises UserError if no row is usable, too
-    many rows are bad, or the overlong policy is "error".
+    many rows are bad, or the overlong policy is "error". A remote folder is made in this node's cache, and uploaded.
     """
-    prepared.path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(prepared):
+    near = Prepared(storage.near(prepared.path))
+    near.path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(near):
         try:
+            if not is_ready(near):
+                _make(config, near, parts, job, on_rows, here)
             if not is_ready(prepared):
-                _make(config, prepared, parts, job, on_rows, here)
+                storage.publish(near.path, prepared.path)
         except UserError:  # the same rows would end the same way again
             shutil.rmtree(job.staging, ignore_errors=True)
             raise
@@ -322,7 +331,8 @@ def _alone(prepared: Prepared) -> Iterator[None]:
 def _cache(prepared: Prepared) -> Path:
     """This process's own; those that killed processes of this host left are removed."""
     host = socket.gethostname()
-    for left in prepared.path.parent.glob(f".source-*-{host}-*"):
+    near = storage.near(prepared.path)
+    for left in near.parent.glob(f".source-*-{host}-*"):
         if Path("/proc/self").exists() and not Path("/proc", left.name.rpartition("-")[2]).exists():
             shutil.rmtree(left, ignore_errors=True)
-    return prepared.path.with_name(f".source-{prepared.path.name}-{host}-{os.getpid()}")
+    return near.with_name(f".source-{near.name}-{host}-{os.getpid()}")
