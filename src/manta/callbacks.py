@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta import preemption, storage
+from manta import preemption, spares, storage
 from manta.progress import GO_ON, SAVE, STOP
 from manta.runs import METRIC, Run, newest_path
 
@@ -161,6 +162,18 @@ class StepCopyCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.copier and state.global_step > trainer.start_step:
             trainer.copier.take(state.global_step, trainer.model, trainer.plain_optimizer(), trainer.about_copy)
+
+
+class SpareWorkersCallback(TrainerCallback):
+    """After the first step, when nothing waits any more, have spares for a restart; one worker of each node asks."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.asked and args.local_process_index == 0:
+            spares.start(int(os.environ["LOCAL_WORLD_SIZE"]))
+        self.asked = True
 
 
 class ProgressCallback(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs, snapshot, storage
+from manta import __version__, cluster, manifest, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -227,11 +227,16 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
 
     on = config.device
     folder, filesystem = storage.arrow(run.path.parent)
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
+    threads = max(1, int(cluster.resources_per_worker(config, on).get("CPU", 1)))
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     if on == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    process: dict[str, Any] = {"env_vars": environment}
+    if config.spare_workers:
+        process["py_executable"] = spares.command()
     return TorchTrainer(
         cast(Any, train_func),  # returning a value is documented, and missing from the annotation
         train_loop_config={
@@ -268,7 +273,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 checkpoint_score_attribute=METRIC if config.evaluates else None,
                 checkpoint_score_order="min",
             ),
-            **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
+            **cast(Any, {"worker_runtime_env": process}),  # annotated only in its v2 class
         ),
     )
 
