@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import runpy
-import sys
 import threading
 import time
 
@@ -22,17 +20,27 @@ IMPORTS = (
     "torch.distributed.tensor",
     "transformers.trainer",
 )
+# The name under which Ray itself hands `worker_process_setup_hook` on, which it lets only a whole job set.
+_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+# A run that is over sooner needs no spare, and would share its processors with the imports of one.
+_AFTER_S = 30.0
 # A process takes about a second to start, so that a cancellation after this time finds it under way.
 _UNDER_WAY_S = 0.5
 
 
-def command() -> str:
-    """How Ray starts a worker's process: this module's `main`, then Ray's own script. The same path on every node."""
-    return f"{sys.executable} -m manta.spares"
+def environment() -> dict[str, str]:
+    """What makes a process of Ray's import ahead, before it has work: for a runtime environment's `env_vars`."""
+    return {_HOOK: f"{__name__}.{preload.__name__}"}
+
+
+def preload() -> None:
+    """Import what a training worker imports."""
+    for name in IMPORTS:
+        importlib.import_module(name)
 
 
 def start(count: int) -> None:
-    """Have `count` spares on this node, in the background. Called in a worker, whose environment they get."""
+    """Have `count` spares on this node, some time from now. Called in a worker, whose environment they get."""
     threading.Thread(target=_start, args=(count,), name="manta-spares", daemon=True).start()
 
 
@@ -42,6 +50,7 @@ def _start(count: int) -> None:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = ray.remote(_nothing).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+    time.sleep(_AFTER_S)
     with contextlib.suppress(ray.exceptions.RayError):
         waiting = [task.remote() for _ in range(count)]
         time.sleep(_UNDER_WAY_S)
@@ -51,15 +60,3 @@ def _start(count: int) -> None:
 
 def _nothing() -> None:
     """Never runs."""
-
-
-def main() -> None:
-    """Import what a worker imports, then be a process of Ray's."""
-    for name in IMPORTS:
-        importlib.import_module(name)
-    del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()

@@ -234,9 +234,8 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    process: dict[str, Any] = {"env_vars": environment}
     if config.spare_workers:
-        process["py_executable"] = spares.command()
+        environment |= spares.environment()
     return TorchTrainer(
         cast(Any, train_func),  # returning a value is documented, and missing from the annotation
         train_loop_config={
@@ -273,7 +272,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 checkpoint_score_attribute=METRIC if config.evaluates else None,
                 checkpoint_score_order="min",
             ),
-            **cast(Any, {"worker_runtime_env": process}),  # annotated only in its v2 class
+            **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
         ),
     )
 
