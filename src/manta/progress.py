@@ -67,8 +67,9 @@ class Mailbox:
     def failed(self, group: int, cause: Cause, text: str) -> str | None:
         """Called by Ray's controller; returns why the run must end, if it must."""
         stop = self.attempts.failed(group, cause, text)
+        if not self.attempts.events:  # the cause is judged later, which may take as long as a node is away
+            self.put({"kind": "restart", "text": text})
         self._pass_on()
-        self.put({"kind": "restart", "text": text})
         return stop
 
     def report(self, cause: Cause, text: str) -> None:
