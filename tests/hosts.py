@@ -114,7 +114,7 @@ def unavailable() -> str | None:
     """Why there can be no hosts here, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need root on Linux"
-    if missing := [tool for tool in ("unshare", "nsenter", "ip", "mount") if not shutil.which(tool)]:
+    if missing := [tool for tool in ("setpriv", "unshare", "nsenter", "ip", "mount") if not shutil.which(tool)]:
         return f"{', '.join(missing)} is not installed"
     probe = "mount -t tmpfs tmpfs /tmp && ip link add eth0 type veth peer name eth1"
     tried = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, timeout=30)
@@ -170,4 +170,18 @@ class Network:
         return host
 
 
-_UNSHARE = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# It dies with this process, and its first process with it.
+_UNSHARE = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--net",
+    "--uts",
+    "--ipc",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]

@@ -35,7 +35,7 @@ def collect(where: str, dry_run: bool, console: Console) -> int:
         except UserError as error:  # somebody trains it
             say(console, f"left alone: {error}")
     for path in storage.near(place).glob("*") if storage.is_remote(place) and not is_run else ():
-        if path.is_dir() and not (place / path.name).exists():
+        if any(path.glob("checkpoint_*")) and not (place / path.name).exists():  # a run, not data under way
             freed += _delete(path, "a copy on this machine of what is gone", dry_run, console)
     say(console, f"{freed / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'}")
     return freed

@@ -183,8 +183,10 @@ class Monitor:
             return  # a lost display never ends a run
         for message in messages:
             self._take(message)
+        # What a killed driver must not take with it: how a checkpoint came about is written with it.
+        now = any(message["kind"] in ("attempt", "checkpoint") for message in messages)
         for log in (self.events, self.metrics):
-            if problem := log.flush():
+            if problem := log.flush(now):
                 self.display.note(problem)
 
     def _take(self, message: dict[str, Any]) -> None:

@@ -101,8 +101,10 @@ def test_killed_and_resumed_on_a_store_ends_as_undisturbed_on_a_disk(full_ft, bu
     ]
     assert ledger.read(run.ledger, STEPS) == expected
     before = run_of(train(undisturbed))
-    gap = max_gap(logged(run, "loss"), logged(before, "loss"))
-    assert gap <= 1e-5
+    ours, theirs = logged(run, "loss"), logged(before, "loss")
+    # The killed driver had lines in memory that it would have written with the next checkpoint's, or 5 s later.
+    assert set(theirs) - set(ours) <= set(range(committed - SAVE + 1, committed + 1)) and set(ours) <= set(theirs)
+    assert max_gap(ours, {step: theirs[step] for step in ours}) <= 1e-5
     assert run.best().eval_loss == pytest.approx(before.best().eval_loss, abs=1e-5)
     assert [found.step for found in run.checkpoints()] == [found.step for found in before.checkpoints()]
     assert all(damage(found.path) is None for found in run.checkpoints())  # as it is on the store, byte by byte

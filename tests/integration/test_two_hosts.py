@@ -27,7 +27,7 @@ pytestmark = [
 
 A, B = "10.77.0.1", "10.77.0.2"
 RAY, S3 = 6379, 5000
-STEPS, SAVE = 160, 20
+STEPS, SAVE = 300, 20
 PYTHON = sys.executable
 
 # What is known of a run, as JSON: read on a host, since the store cannot be reached from here.
@@ -115,7 +115,7 @@ def start(host: Host, name: str, **settings: Any) -> Any:
         ray_address=f"{A}:{RAY}",
         max_steps=STEPS,
         save_steps=SAVE,
-        eval_steps=80,
+        eval_steps=150,
         early_stopping_patience=0,
         nominal_workers=2,
         **settings,
