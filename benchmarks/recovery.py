@@ -32,9 +32,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from faults.bench import Bench  # noqa: E402
-from faults.job import MARK, Job, kill_marked  # noqa: E402
-from running import lines, prepared_of  # noqa: E402
+from faults.bench import Bench
+from faults.job import MARK, Job, kill_marked
+from running import lines, prepared_of
 
 RESULTS = Path(__file__).parent / "results"
 SAVE, BATCH, ACCUMULATION = 20, 2, 6
@@ -72,8 +72,14 @@ def stock_train_func(config: dict[str, Any]) -> None:
     import ray.train
     from datasets import load_from_disk
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback
-    from transformers import TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     def tell(**about: Any) -> None:
         rank = ray.train.get_context().get_world_rank()
@@ -127,7 +133,8 @@ class Stock:
         self.ray_folder = tempfile.mkdtemp(prefix="mf")
         tokens = prepared_of(config).tokenized("training")
         tokens.save_to_disk(str(folder / "data"))
-        self.command = [sys.executable, __file__, "--stock", str(folder), config.hf_model_id, str(folder / "data"), kind]
+        self.command = [sys.executable, __file__, "--stock", str(folder), config.hf_model_id]
+        self.command += [str(folder / "data"), kind]
 
     def __enter__(self) -> Stock:
         quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "RAY_worker_niceness": "0"}
@@ -177,25 +184,29 @@ def measure(arm: Stock | Manta, kills: int, rng: random.Random) -> Iterator[dict
     """Kill the worker of rank 1 at random steps; seconds from each kill to what follows."""
     began = 0.0
     for _ in range(kills):
-        wanted = rng.randrange(SAVE, 2 * SAVE)
-        _until(lambda: len(arm.steps(began)) >= wanted, 240)
-        pids = list(arm.pids(began))
-        survivor, victim = psutil.Process(pids[0]), psutil.Process(pids[1])
-        killed = time.time()
-        victim.kill()
-        while survivor.is_running() and time.time() < killed + 120:
-            time.sleep(0.02)
-        ended = time.time()
-        _until(lambda: arm.steps(killed), 240)
-        new = arm.pids(killed)
-        moments = {
-            "ended": ended,
-            "born": max(psutil.Process(pid).create_time() for pid in new),
-            "entered": max(new.values()),
-            "stepped": min(arm.steps(killed)),
-        }
-        yield {name: moment - killed for name, moment in moments.items()}
-        began = killed
+        began, found = _kill(arm, began, rng.randrange(SAVE, 2 * SAVE))
+        yield found
+
+
+def _kill(arm: Stock | Manta, began: float, after: int) -> tuple[float, dict[str, float]]:
+    """Kill once, so many steps after the first of the attempt that began after `began`."""
+    _until(lambda: len(arm.steps(began)) >= after, 240)
+    pids = list(arm.pids(began))
+    survivor, victim = psutil.Process(pids[0]), psutil.Process(pids[1])
+    killed = time.time()
+    victim.kill()
+    while survivor.is_running() and time.time() < killed + 120:
+        time.sleep(0.02)
+    ended = time.time()
+    _until(lambda: arm.steps(killed), 240)
+    new = arm.pids(killed)
+    moments = {
+        "ended": ended,
+        "born": max(psutil.Process(pid).create_time() for pid in new),
+        "entered": max(new.values()),
+        "stepped": min(arm.steps(killed)),
+    }
+    return killed, {name: moment - killed for name, moment in moments.items()}
 
 
 def _until(what: Any, limit: float) -> None:
@@ -228,13 +239,17 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "kind": options.kind,
         "seconds_from_kill": times,
-        "median": {arm: {part: statistics.median(one[part] for one in each) for part in PARTS} for arm, each in times.items()},
+        "median": {arm: _medians(each) for arm, each in times.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("ray", "torch", "transformers")},
     }
     ours, theirs = (report["median"][arm]["stepped"] for arm in times)
     report["ratio"] = ours / theirs
     _write(report, not options.quick)
+
+
+def _medians(times: list[dict[str, float]]) -> dict[str, float]:
+    return {part: statistics.median(one[part] for one in times) for part in PARTS}
 
 
 def _write(report: dict[str, Any], to_files: bool) -> None:
@@ -245,7 +260,11 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
         f"Two workers, {report['kind']} fine-tuning of a small model; {report['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + f"; {len(next(iter(spread.values())))} kills in each arm, the arms interleaved A B B A; medians of seconds "
-        "since the kill.\n\n| | " + " | ".join(medians) + " |\n|---|" + "---|" * len(medians) + "\n"
+        "since the kill.\n\n| | "
+        + " | ".join(medians)
+        + " |\n|---|"
+        + "---|" * len(medians)
+        + "\n"
         + "".join(
             f"| {label} | " + " | ".join(f"{medians[arm][part]:.1f}" for arm in medians) + " |\n"
             for part, label in PARTS.items()

@@ -118,8 +118,8 @@ class Bench:
         print(f"[{time.monotonic() - start:5.1f} s] {row.fault} · {row.injected}: {state}", flush=True)
 
     def compare(
-        self, job: Job, rows: list[Row], kind: str = "lora", loss: float = LOSS, weights: float | None = WEIGHTS
-    ):
+        self, job: Job, rows: list[Row], kind: str = "lora", weights: float | None = WEIGHTS, steps: int = STEPS
+    ) -> None:
         """Hold the end of a disturbed run against the undisturbed one, for all faults that it had."""
         reference, latest = self.reference(kind), job.run.latest()
         if latest is None:
@@ -131,7 +131,7 @@ class Bench:
         lost, repeated = (wanted - found).total(), (found - wanted).total()
         ours, theirs = logged(job.run, "loss"), logged(reference, "loss")
         gap = max((abs(ours[step] - theirs[step]) for step in ours), default=None)
-        difference = weight_gap(job.run, reference, latest.step) if latest.step == STEPS else None
+        difference = weight_gap(job.run, reference, latest.step) if latest.step == steps else None
         for row in rows:
             row.samples_lost, row.samples_repeated = lost, repeated
             row.max_loss_gap, row.max_weight_gap = gap, difference
