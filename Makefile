@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-fast check bench clean
+.PHONY: install demo test test-fast check faults soak bench clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,12 @@ check: install  ## lint, format, types, layering
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+faults: install  ## every fault of the matrix into real runs; the table under benchmarks/results
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m faults.run
+
+soak: install  ## half an hour of training under faults
+	$(BIN)/python benchmarks/soak.py
 
 bench: install  ## measured ratios, written under benchmarks/results
 	$(BIN)/python benchmarks/labels.py
