@@ -38,7 +38,7 @@ class Row:
     max_loss_gap: float | None = None
     max_weight_gap: float | None = None
     seconds_to_new_step: float | None = None
-    user_actions: int = 0  # none for nothing, or the same command again
+    user_actions: int = 0  # besides the same command again
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -118,10 +118,15 @@ class Bench:
         print(f"[{time.monotonic() - start:5.1f} s] {row.fault} · {row.injected}: {state}", flush=True)
 
     def compare(
-        self, job: Job, rows: list[Row], kind: str = "lora", weights: float | None = WEIGHTS, steps: int = STEPS
+        self,
+        job: Job,
+        rows: list[Row],
+        kind: str = "lora",
+        weights: float | None = WEIGHTS,
+        reference: Run | None = None,
     ) -> None:
         """Hold the end of a disturbed run against the undisturbed one, for all faults that it had."""
-        reference, latest = self.reference(kind), job.run.latest()
+        reference, latest = reference or self.reference(kind), job.run.latest()
         if latest is None:
             for row in rows:
                 row.problems.append("the run left no checkpoint")
@@ -131,7 +136,7 @@ class Bench:
         lost, repeated = (wanted - found).total(), (found - wanted).total()
         ours, theirs = logged(job.run, "loss"), logged(reference, "loss")
         gap = max((abs(ours[step] - theirs[step]) for step in ours), default=None)
-        difference = weight_gap(job.run, reference, latest.step) if latest.step == steps else None
+        difference = weight_gap(job.run, reference, latest.step) if latest.step == job.config.max_steps else None
         for row in rows:
             row.samples_lost, row.samples_repeated = lost, repeated
             row.max_loss_gap, row.max_weight_gap = gap, difference

@@ -40,7 +40,8 @@ def mention(folder: Path, number: int, word: str) -> None:
 
 
 def refused(bench: Bench, row: Row, config: Config, folder: Path, *flags: str, code: int = 2) -> str:
-    """The message of a command that must end before a worker starts."""
+    """The message of a command that must end before a worker starts, and that the user must act on."""
+    row.user_actions = 1
     with bench.running(config, folder) as job:
         done = job.again(*flags)
         row.must(done.returncode == code, f"it exits with {done.returncode}: {done.stderr[-300:]}")
@@ -66,6 +67,7 @@ def non_finite(bench: Bench) -> None:
 
     with bench.row(NON_FINITE, "NaN from one row's word") as row, bench.running(quick(folder, "stop"), folder) as job:
         job.start()
+        row.user_actions = 1
         row.must((code := job.wait(120)) == 1, f"it exits with {code}")
         step, rows = named(job)
         row.notes.append(f"step {step}, source rows {rows}")
@@ -110,6 +112,7 @@ def repeated(bench: Bench) -> None:
     fault = "error that repeats at the same step"
     with bench.row(fault, "a token beyond the embedding") as row, bench.running(quick(folder, "rare"), folder) as job:
         job.start()
+        row.user_actions = 1
         row.must((code := job.wait(180)) == 1, f"it exits with {code}")
         row.must((tries := len(job.events("attempt"))) == 2, f"{tries} attempts")
         row.must("index out of range" in job.said(), f"it says {job.said(300)}")

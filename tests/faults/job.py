@@ -165,19 +165,20 @@ class Job:
         pids = [worker["pid"] for worker in self.events("attempt")[-1]["workers"]]
         end = time.monotonic() + limit
         while time.monotonic() < end:
-            if not self._unfinished():
+            if not self.unfinished():
                 time.sleep(0.001)
                 continue
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
-            if self._unfinished():
+            if self.unfinished():
                 return pids
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
             time.sleep(0.2)
         raise TimeoutError(f"no save was met in {limit:.0f} s")
 
-    def _unfinished(self) -> list[Path]:
+    def unfinished(self) -> list[Path]:
+        """Checkpoints without a manifest."""
         return [path for path in self.run.path.glob("checkpoint_*[0-9]") if not (path / "manifest.json").exists()]
 
     def scan(self) -> list[str]:

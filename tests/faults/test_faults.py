@@ -7,7 +7,7 @@ import pytest
 from faults.bench import Bench
 from faults.scenarios import SCENARIOS
 
-IN_CI = ("workers", "stuck", "repeated")
+IN_CI = ("workers", "repeated")
 
 
 @pytest.fixture(scope="module")

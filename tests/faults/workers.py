@@ -86,7 +86,7 @@ def signal_worker(job: Job, row: Row, rank: int, number: signal.Signals) -> None
 def kill_in_save(job: Job, row: Row) -> None:
     pids = job.freeze_in_save()
     now = time.time()
-    (unfinished,) = job._unfinished()
+    (unfinished,) = job.unfinished()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     row.wasted_steps, row.seconds_to_new_step = job.recovery(now)
@@ -99,7 +99,7 @@ def end(bench: Bench, job: Job, rows: list[Row], kind: str = "lora", weights: fl
     try:
         job.ensure_running()
         job.finish()
-        orphans = [path.name for path in job._unfinished()]
+        orphans = [path.name for path in job.unfinished()]
         for row in rows:
             row.must(not orphans, f"{orphans} are left without a manifest")
         bench.compare(job, rows, kind, weights=weights)
