@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from manta import preemption
+from manta import preemption, spares
 from manta.progress import GO_ON, SAVE, STOP
 from manta.runs import METRIC, Run, newest_path
 
@@ -167,6 +168,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, mailbox: Any, trainer: MantaTrainer, attempt: int):
         self.mailbox, self.trainer, self.attempt = mailbox, trainer, attempt
+        self.spares_started = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +177,9 @@ class ProgressCallback(TrainerCallback):
             self.mailbox.entered_loop.remote()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.spares_started and args.local_process_index == 0:
+            spares.start(int(os.environ["LOCAL_WORLD_SIZE"]))
+        self.spares_started = True
         # The library counts epochs from this call's own loader, which starts anew after a resume.
         state.epoch = round(self.trainer.order.epochs(state.global_step), 4)
         self._send(kind="step", step=state.global_step, rank=args.process_index, tokens=self.trainer.tokens)

@@ -25,6 +25,8 @@ _TIMEOUTS = {
 # How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
 # after the timeout (a cut cable). By default 3 s apart and 10 s long.
 _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
+# Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
+_IDLE = {"num_workers_soft_limit": 64}
 _KNOCK_S = 10
 
 
@@ -46,7 +48,7 @@ def connected(config: Config) -> Iterator[None]:
         ray.init(
             address=config.ray_address,
             include_dashboard=None if config.ray_address else False,
-            _system_config=None if address else _NODE_CHECKS,
+            _system_config=None if address else _NODE_CHECKS | _IDLE,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs, snapshot
+from manta import __version__, cluster, manifest, runs, snapshot, spares
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -224,7 +224,9 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
     fewest, most = config.worker_range or (1, 1)
 
     on = config.device
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
+    threads = max(1, int(cluster.resources_per_worker(config, on).get("CPU", 1)))
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     if on == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     else:
@@ -264,7 +266,8 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 checkpoint_score_attribute=METRIC if config.evaluates else None,
                 checkpoint_score_order="min",
             ),
-            **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
+            # annotated only in its v2 class
+            **cast(Any, {"worker_runtime_env": {"env_vars": environment, "py_executable": spares.command()}}),
         ),
     )
 
