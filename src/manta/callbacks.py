@@ -163,12 +163,23 @@ class StepCopyCallback(TrainerCallback):
             trainer.copier.take(state.global_step, trainer.model, trainer.plain_optimizer(), trainer.about_copy)
 
 
+class SpareWorkersCallback(TrainerCallback):
+    """After the first step, when nothing waits any more, have spares for a restart; one worker of each node asks."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.asked and args.local_process_index == 0:
+            spares.start(int(os.environ["LOCAL_WORLD_SIZE"]))
+        self.asked = True
+
+
 class ProgressCallback(TrainerCallback):
     """Send steps, log lines and saves to the driver's mailbox, without waiting for it."""
 
     def __init__(self, mailbox: Any, trainer: MantaTrainer, attempt: int):
         self.mailbox, self.trainer, self.attempt = mailbox, trainer, attempt
-        self.spares_started = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,9 +188,6 @@ class ProgressCallback(TrainerCallback):
             self.mailbox.entered_loop.remote()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.spares_started and args.local_process_index == 0:
-            spares.start(int(os.environ["LOCAL_WORLD_SIZE"]))
-        self.spares_started = True
         # The library counts epochs from this call's own loader, which starts anew after a resume.
         state.epoch = round(self.trainer.order.epochs(state.global_step), 4)
         self._send(kind="step", step=state.global_step, rank=args.process_index, tokens=self.trainer.tokens)

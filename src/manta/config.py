@@ -157,6 +157,9 @@ class Config(BaseModel):
     non_finite: Literal["stop", "skip"] = Field(
         "stop", description="On a NaN or infinite gradient: stop, or skip that step's update and count it"
     )
+    spare_workers: bool = Field(
+        True, description="Keep a started process for each worker, about 0.5 GB of memory, for a quick restart"
+    )
     torch_timeout_s: int = Field(7200, ge=1, description="Time limit of one collective operation, in seconds")
 
     # --- Output
@@ -265,7 +268,7 @@ class Config(BaseModel):
 NOT_SHAPING = frozenset(
     (
         *("resume_from_checkpoint", "stop_at_step", "logging_steps", "save_steps", "save_total_limit"),
-        *("async_save", "step_copies"),
+        *("async_save", "step_copies", "spare_workers"),
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),

@@ -27,7 +27,7 @@ _UNDER_WAY_S = 0.5
 
 
 def command() -> str:
-    """How Ray starts a worker's process: this module's `main`, then Ray's own script."""
+    """How Ray starts a worker's process: this module's `main`, then Ray's own script. The same path on every node."""
     return f"{sys.executable} -m manta.spares"
 
 

@@ -231,6 +231,9 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    process: dict[str, Any] = {"env_vars": environment}
+    if config.spare_workers:
+        process["py_executable"] = spares.command()
     return TorchTrainer(
         cast(Any, train_func),  # returning a value is documented, and missing from the annotation
         train_loop_config={
@@ -266,8 +269,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 checkpoint_score_attribute=METRIC if config.evaluates else None,
                 checkpoint_score_order="min",
             ),
-            # annotated only in its v2 class
-            **cast(Any, {"worker_runtime_env": {"env_vars": environment, "py_executable": spares.command()}}),
+            **cast(Any, {"worker_runtime_env": process}),  # annotated only in its v2 class
         ),
     )
 

@@ -21,6 +21,7 @@ from manta.callbacks import (
     RayTrainReportCallback,
     SaveForResumeCallback,
     SaveOnBestMetricCallback,
+    SpareWorkersCallback,
     StepCopyCallback,
     StopOnRequestCallback,
 )
@@ -89,6 +90,8 @@ def _train(
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
     trainer.add_callback(ProgressOfLoop(watchdog))
+    if config.spare_workers and mailbox is not None:
+        trainer.add_callback(SpareWorkersCallback())
     if mailbox is not None and config.step_copies != "off":
         say = partial(_note, mailbox, rank)
         trainer.copier = copies.Copier(names, node, verdict["attempt"], config.step_copies, say)

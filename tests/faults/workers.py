@@ -79,7 +79,10 @@ def signal_worker(job: Job, row: Row, rank: int, number: signal.Signals) -> None
     except TimeoutError:
         os.kill(pid, signal.SIGKILL)  # what comes next needs a run that goes on
         raise
-    row.notes.append(f"rank {rank} at step {step}")
+    births = [psutil.Process(worker["pid"]).create_time() for worker in job.events("attempt")[-1]["workers"]]
+    row.notes.append(
+        f"rank {rank} at step {step}; {sum(birth < now for birth in births)} of the new processes were spares"
+    )
     row.must((row.wasted_steps or 0) <= job.config.save_steps, f"{row.wasted_steps} wasted steps")
 
 
