@@ -41,7 +41,7 @@ SAVE, BATCH, ACCUMULATION = 20, 2, 6
 PARTS = {
     "ended": "detection and shutdown: until the other worker is gone",
     "born": "until the new processes are there",
-    "entered": "Python, imports, process group: until the train function runs",
+    "entered": "Python, imports, process group: until the train function runs (Manta: knows what to go on from)",
     "stepped": "checkpoint, model, first step",
 }
 
@@ -202,7 +202,7 @@ def _kill(arm: Stock | Manta, began: float, after: int) -> tuple[float, dict[str
     new = arm.pids(killed)
     moments = {
         "ended": ended,
-        "born": max(psutil.Process(pid).create_time() for pid in new),
+        "born": max(killed, *(psutil.Process(pid).create_time() for pid in new)),
         "entered": max(new.values()),
         "stepped": min(arm.steps(killed)),
     }
