@@ -38,6 +38,7 @@ from running import lines, prepared_of
 
 RESULTS = Path(__file__).parent / "results"
 SAVE, BATCH, ACCUMULATION = 20, 2, 6
+SETTLED_S = 60.0  # from an attempt's first step to its kill, at least: by then Manta's spares are ready, as hours later
 PARTS = {
     "ended": "detection and shutdown: until the other worker is gone",
     "born": "until the new processes are there",
@@ -190,7 +191,7 @@ def measure(arm: Stock | Manta, kills: int, rng: random.Random) -> Iterator[dict
 
 def _kill(arm: Stock | Manta, began: float, after: int) -> tuple[float, dict[str, float]]:
     """Kill once, so many steps after the first of the attempt that began after `began`."""
-    _until(lambda: len(arm.steps(began)) >= after, 240)
+    _until(lambda: len(arm.steps(began)) >= after and time.time() > arm.steps(began)[0] + SETTLED_S, 240)
     pids = list(arm.pids(began))
     survivor, victim = psutil.Process(pids[0]), psutil.Process(pids[1])
     killed = time.time()

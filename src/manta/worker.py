@@ -295,6 +295,8 @@ def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Colle
     committed = train.get_checkpoint()
     preferred = run.path / Path(committed.path).name if committed else None
     resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
+    if rank == 0:  # what a save of the attempt before was in the middle of
+        run.remove_unfinished()
     for name, problem in damaged.items():
         _note(mailbox, rank, f"{name} is not used: {problem}")
     return resume, damaged
