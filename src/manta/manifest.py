@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,13 @@ def digests(folder: Path, names: list[str] | None = None) -> FileDigests:
     """`{relative name: {"size": bytes, "sha256": hex}}` of the files in `folder`, or of those named."""
     if names is None:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in names
-        if name != NAME
-    }
+    paths = {name: folder / name for name in names if name != NAME}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing gives Python's lock free
+        hashes = threads.map(sha256, paths.values())
+        return {
+            name: {"size": path.stat().st_size, "sha256": digest}
+            for (name, path), digest in zip(paths.items(), hashes, strict=True)
+        }
 
 
 def close(folder: Path, files: FileDigests, about: Mapping[str, Any]) -> None:

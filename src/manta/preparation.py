@@ -11,7 +11,7 @@ from rich.console import Console
 
 from manta import cluster, storage
 from manta.config import Config, whole_path
-from manta.data import formats, lint, prepare
+from manta.data import formats, lint, prepare, tokenize
 from manta.data.prepare import Prepared
 from manta.data.shards import Job
 from manta.errors import UserError
@@ -42,6 +42,7 @@ def prepared_by(config: Config, console: Console | None = None) -> Prepared:
         with ExitStack() as stack:
             stack.callback(prepare.forget_sources, prepared)
             if job.shards > SHARDS_HERE:
+                tokenize.import_in_background()
                 stack.enter_context(cluster.connected(config))
             make(config, prepared, parts, job, console)
     return prepared

@@ -267,3 +267,13 @@ def test_a_damaged_folder_is_made_anew(folder, tmp_path):
     assert not prepare.is_ready(prepared)
     assert prepared_here(config).about == about
     assert not (prepared.path / "stray.txt").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 16])
+@pytest.mark.parametrize("count", [1, 3, 5, 64, 245, 1000])
+def test_tasks_hold_each_shard_once_and_end_small(count, processes):
+    tasks = prepare._tasks(count, processes)
+    assert [shard for task in tasks for shard in range(task["first"], task["end"])] == list(range(count))
+    sizes = [task["end"] - task["first"] for task in tasks]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and sizes[0] <= 16
+    assert len(tasks) >= min(count, 2 * processes)

@@ -1,3 +1,5 @@
+import pickle
+from copy import copy
 from functools import cache
 from tempfile import TemporaryDirectory
 
@@ -28,10 +30,15 @@ answers = prompts.filter(lambda text: text != "")
 
 
 @cache
-def encoder(kind):
+def tokenizer_of(kind):
     with TemporaryDirectory() as folder:
         tiny_tokenizer(folder, **KINDS[kind])
-        return Encoder(load_tokenizer(folder))
+        return load_tokenizer(folder)
+
+
+@cache
+def encoder(kind):
+    return Encoder(tokenizer_of(kind))
 
 
 def encode(kind, prompt, answer):
@@ -47,7 +54,7 @@ def divide(sample):
 
 
 def decode(kind, ids):
-    return encoder(kind).tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer_of(kind).decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +82,7 @@ def test_the_mask_covers_what_the_model_is_served(kind, prompt, answer):
     """At serving, the prompt is tokenized alone: the masked tokens are those, or merge nothing across the boundary."""
     sample = encode(kind, prompt, answer)
     if sample.merged_boundary:
-        served = encoder(kind).tokenizer(prompt)["input_ids"]
+        served = tokenizer_of(kind)(prompt)["input_ids"]
         assert divide(sample)[0] == [token for token in served if token != encoder(kind).eos]
 
 
@@ -84,7 +91,7 @@ def test_the_mask_covers_what_the_model_is_served(kind, prompt, answer):
     ("prompt", "answer"), [("of France?\n", "\nParis"), ("Answer: ", " Paris."), ("Answer:", "  Paris.")]
 )
 def test_whitespace_that_would_merge_across_the_boundary_is_divided(kind, prompt, answer):
-    tokenizer = encoder(kind).tokenizer
+    tokenizer = tokenizer_of(kind)
     alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     sample = encode(kind, prompt, answer)
@@ -98,11 +105,29 @@ def test_a_merged_boundary_is_reported_and_a_clean_one_is_not():
 
 
 def test_a_word_that_goes_on_across_the_boundary_is_divided():
-    tokenizer = encoder("plain").tokenizer
+    tokenizer = tokenizer_of("plain")
     assert len(tokenizer(" capital")["input_ids"]) == 1
     sample = encode("plain", "the cap", "ital")
     assert sample.merged_boundary
     assert decode("plain", divide(sample)[1]) == "ital" + EOS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(prompt=prompts, answer=answers)
+@example(prompt="caf", answer="é")
+@example(prompt="Ask.<|endoftext|>\n", answer="the answer<|endoftext|>")
+def test_labels_by_what_tokens_spell_are_those_by_their_offsets(kind, prompt, answer):
+    by_offsets = copy(encoder(kind))
+    assert by_offsets.spelling
+    by_offsets.spelling = None
+    assert encode(kind, prompt, answer) == by_offsets([prompt], [answer])[0]
+
+
+def test_an_encoder_travels_without_transformers():
+    received = pickle.loads(pickle.dumps(encoder("appends EOS")))
+    assert received(["of France?\n"], ["\nParis"]) == encoder("appends EOS")(["of France?\n"], ["\nParis"])
+    assert b"transformers" not in pickle.dumps(encoder("plain"))
 
 
 def test_spans_hold_the_spaces_of_their_tokens_whatever_the_tokenizer_trims():

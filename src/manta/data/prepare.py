@@ -21,6 +21,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,9 @@ def open_job(config: Config, prepared: Prepared) -> Job:
         if any(formats.is_chat(*each) for each in zip(found, sources, strict=True)):
             tokenizer = tokenize.load_tokenizer(config.hf_model_id, config.trust_remote_code)
             template = load_chat_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+            stops = tuple(tokenize.stop_tokens(config.hf_model_id, tokenizer))
         else:
-            template = None
+            template, stops = None, ()
         splits = source.assign_splits(sum(map(len, sources)), config.hf_dataset_config, config.seed)
     except BaseException:
         forget_sources(prepared)
@@ -138,7 +140,7 @@ def open_job(config: Config, prepared: Prepared) -> Job:
     near = storage.near(prepared.path)
     near.parent.mkdir(parents=True, exist_ok=True)
     staging = near.with_name(f".staging-{near.name}")
-    return Job(config.to_dict(), tuple(sources), found, splits, staging, template)
+    return Job(config.to_dict(), tuple(sources), found, splits, staging, template=template, stops=stops)
 
 
 def forget_sources(prepared: Prepared) -> None:
@@ -185,6 +187,8 @@ def _make(
 ) -> None:
     for folder in ("done", "digests", *(f"tokenized/{split}" for split in TOKENIZED)):
         (job.staging / folder).mkdir(parents=True, exist_ok=True)
+    encoder = tokenize.Encoder(tokenize.load_tokenizer(config.hf_model_id, config.trust_remote_code))
+    job = replace(job, encoder=None if encoder.slow else encoder)  # Python code that came with a model cannot travel
     total = Total()
     for summary in (_shards_here if here else _shards_on_ray)(config, job):
         total.add(summary)
@@ -196,7 +200,7 @@ def _make(
     for name in (*(f"{split}.jsonl" for split in SPLITS), QUARANTINE):
         _join(job.staging, name)
     staged = replace(prepared, path=job.staging)
-    counts["training"] |= _arrange(config, staged, job)
+    counts["training"] |= _arrange(config, staged, job, counts["training"]["samples"])
     counts["quarantined"] = total.bad
     if job.template:
         manifest.write_text(job.staging / CHAT_TEMPLATE, job.template.published)
@@ -237,32 +241,50 @@ def _shards_on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
     context.verbose_stats_logs = False
     shared = ray.put(job)  # rows stay in their files: a task opens what it reads
 
-    total = job.shards  # not the job itself, which the tasks have from the store
-    processes = min(total, config.hf_dataset_config.num_proc)
-    # A task costs Ray about as much as a shard costs us: it takes several, and there are some tasks for each process.
-    together = max(1, min(_SHARDS_A_TASK, total // (4 * processes)))
+    processes = min(job.shards, config.hf_dataset_config.num_proc)
 
     def work(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        first = int(task["id"]) * together
         gc.disable()  # rows and tokens make no cycles, and looking for some takes a tenth of the time
         try:
-            for shard in range(first, min(first + together, total)):
-                yield {"result": json.dumps(shards.write_shard(ray.get(shared), shard))}
+            for shard in range(task["first"], task["end"]):
+                yield {"result": json.dumps(shards.write_shard(_fetched(shared), shard))}
         except UserError as error:  # which Ray would wrap in a traceback of its own
             yield {"result": json.dumps({"error": str(error)})}
         finally:
             gc.enable()
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the source need only exist on this node
-    count = -(-total // together)
-    tasks = ray.data.range(count, override_num_blocks=count).flat_map(
+    # Items and not a range, whose numbers would be made by tasks of their own.
+    tasks = _tasks(job.shards, processes)
+    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
         work, num_cpus=1, compute=ray.data.TaskPoolStrategy(processes), label_selector=here
     )
-    for row in tasks.iter_rows():
+    for row in results.iter_rows():
         result = json.loads(row["result"])
         if "error" in result:
             raise UserError(result["error"])
         yield result
+
+
+@lru_cache(maxsize=1)
+def _fetched(shared: Any) -> Job:
+    """The job, once for all tasks of a process: it holds a whole vocabulary."""
+    import ray
+
+    job: Job = ray.get(shared)
+    return job
+
+
+def _tasks(count: int, processes: int) -> list[dict[str, int]]:
+    """Shards [first, end) of each task: several, since a task costs Ray about as much as a shard costs us, and ever
+    fewer towards the end, so that no process waits long for the last one."""
+    tasks = []
+    first = 0
+    while first < count:
+        size = max(1, min(_SHARDS_A_TASK, (count - first) // (2 * processes)))
+        tasks.append({"first": first, "end": first + size})
+        first += size
+    return tasks
 
 
 def _too_many_bad(config: Config, job: Job, total: Total) -> str:
@@ -277,11 +299,11 @@ def _too_many_bad(config: Config, job: Job, total: Total) -> str:
     )
 
 
-def _arrange(config: Config, prepared: Prepared, job: Job) -> dict[str, Any]:
+def _arrange(config: Config, prepared: Prepared, job: Job, samples: int) -> dict[str, Any]:
     """Write which samples share a sequence, if not each has its own; returns `sequences` and `fill`."""
     weights = [part.weight for part in config.hf_dataset_config.parts()]
     if not config.packing and set(weights) == {1.0}:
-        return {"sequences": len(prepared.tokenized("training"))}
+        return {"sequences": samples}
     lengths, rows = prepared.lengths("training")
     firsts = [each.first_row for each in job.sources]
     part_of = np.searchsorted(firsts, rows, side="right") - 1

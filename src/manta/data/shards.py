@@ -22,12 +22,14 @@ from manta.data.chat import ChatTemplate
 from manta.data.formats import Conversation, Pair
 from manta.data.lines import BadRow
 from manta.data.source import SPLITS, Source
-from manta.data.tokenize import Rendered, Sample
+from manta.data.tokenize import Encoder, Rendered, Sample
 
 TOKENIZED = ("training", "validation")
 EXAMPLES = 10  # source rows named per finding
 _SERVING_CHECKED = 64  # conversations of a shard whose prompts are compared with what is served
 _EXCERPT = 300  # characters of a bad row in the quarantine file
+
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps makes an encoder for each row
 
 # Per row of the source, for the search for equal rows.
 DIGEST = np.dtype([("row", np.int64), ("split", np.int8), ("text", np.int64)])
@@ -42,7 +44,9 @@ class Job:
     formats: tuple[formats.Format, ...]
     splits: np.ndarray
     staging: Path
+    encoder: Encoder | None = None  # else each process loads its own tokenizer, and for that imports torch
     template: ChatTemplate | None = None  # of conversations
+    stops: tuple[str, ...] = ()  # what ends generation, of conversations
 
     @property
     def shards(self) -> int:
@@ -95,7 +99,7 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     texts: dict[str, list[_Text]] = {split: [] for split in SPLITS}
     quarantine: list[dict[str, Any]] = []
     first = source.first_row + sum(source.rows.shards[: shard - source.first_shard])
-    render = _renderer(config, source, found, job.template, findings)
+    render = _renderer(job, source, found, config, findings)
     number = first - 1
     for number, row in enumerate(source.rows.read(shard - source.first_shard), start=first):
         try:
@@ -111,7 +115,7 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     _write_lines(job.staging / f"quarantine.jsonl.part-{name}", quarantine)
     _write_digests(job.staging / "digests" / f"part-{name}.npy", texts)
     for split, entries in texts.items():
-        _write_split(config, job.staging, split, name, entries, findings)
+        _write_split(job, config, split, name, entries, findings)
     summary = {
         "files": _parts(job.staging, name),
         "rows": number + 1 - first,
@@ -125,14 +129,12 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     return summary
 
 
-def _write_split(
-    config: Config, staging: Path, split: str, name: str, entries: list[_Text], findings: Findings
-) -> None:
-    _write_lines(staging / f"{split}.jsonl.part-{name}", [entry.record for entry in entries])
+def _write_split(job: Job, config: Config, split: str, name: str, entries: list[_Text], findings: Findings) -> None:
+    _write_lines(job.staging / f"{split}.jsonl.part-{name}", [entry.record for entry in entries])
     findings.counts[f"{split}_rows"] += len(entries)
     if split in TOKENIZED and entries:
-        samples = _tokenize(config, entries, findings)
-        _write_arrow(staging / "tokenized" / split / f"part-{name}.arrow", samples)
+        samples = _tokenize(job, config, entries, findings)
+        _write_arrow(job.staging / "tokenized" / split / f"part-{name}.arrow", samples)
         findings.counts[f"{split}_samples"] += len(samples)
         findings.counts[f"{split}_tokens"] += sum(len(sample.input_ids) for _, sample in samples)
         findings.counts[f"{split}_trained_tokens"] += sum(sample.trained for _, sample in samples)
@@ -147,17 +149,12 @@ def _parts(staging: Path, name: str) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def _encoder(model_id: str, trust_remote_code: bool) -> tokenize.Encoder:
-    return tokenize.Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
-
-
-@lru_cache(maxsize=1)
-def _stops(model_id: str, trust_remote_code: bool) -> list[str]:
-    return tokenize.stop_tokens(model_id, _encoder(model_id, trust_remote_code).tokenizer)
+def _encoder(model_id: str, trust_remote_code: bool) -> Encoder:
+    return Encoder(tokenize.load_tokenizer(model_id, trust_remote_code))
 
 
 def _renderer(
-    config: Config, source: Source, found: formats.Format, template: ChatTemplate | None, findings: Findings
+    job: Job, source: Source, found: formats.Format, config: Config, findings: Findings
 ) -> Callable[[int, Any], _Text | None]:
     """Row number and row → text, or None for a row that is left out and counted. Raises BadRow."""
     read = formats.reader(found, source.config, config.objective)
@@ -176,8 +173,7 @@ def _renderer(
             raise BadRow(f"it holds {'text' if is_chat else 'messages'}, unlike the first rows")
         if isinstance(meaning, Conversation):
             checked += 1
-            assert template is not None
-            return _render_chat(config, source, template, meaning, number, findings, checked <= _SERVING_CHECKED)
+            return _render_chat(job, source, meaning, number, findings, checked <= _SERVING_CHECKED)
         if not meaning.output.strip():
             findings.note("empty_output", number)
             return None
@@ -193,15 +189,10 @@ def _render_pair(pair: Pair, number: int) -> _Text:
 
 
 def _render_chat(
-    config: Config,
-    source: Source,
-    template: ChatTemplate,
-    talk: Conversation,
-    number: int,
-    findings: Findings,
-    check_serving: bool,
+    job: Job, source: Source, talk: Conversation, number: int, findings: Findings, check_serving: bool
 ) -> _Text:
-    stops = _stops(config.hf_model_id, config.trust_remote_code)
+    template, stops = job.template, job.stops
+    assert template is not None
     rendered = template.render(talk, source.config.train_on)
     if not rendered.trained:
         raise BadRow("the chat template marks nothing of the assistant's")
@@ -231,10 +222,10 @@ def _render_chat(
     return _Text(number, record, rendered)
 
 
-def _tokenize(config: Config, entries: list[_Text], findings: Findings) -> list[tuple[int, Sample]]:
+def _tokenize(job: Job, config: Config, entries: list[_Text], findings: Findings) -> list[tuple[int, Sample]]:
     kept = []
-    encode = _encoder(config.hf_model_id, config.trust_remote_code).encode
-    for entry, whole in zip(entries, encode([entry.rendered for entry in entries]), strict=True):
+    encoder = job.encoder or _encoder(config.hf_model_id, config.trust_remote_code)
+    for entry, whole in zip(entries, encoder.encode([entry.rendered for entry in entries]), strict=True):
         pieces = tokenize.fit(whole, config.max_seq_length, config.overlong_policy, config.objective == "cpt")
         trainable = [(entry.row, piece) for piece in pieces if piece.trains]
         if whole.merged_boundary:
@@ -267,7 +258,7 @@ def _write_lines(path: Path, records: list[Any]) -> None:
     if records:
         with _writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.write(_as_json(record) + "\n")
 
 
 def _write_digests(path: Path, texts: Mapping[str, list[_Text]]) -> None:

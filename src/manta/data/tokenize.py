@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from importlib import import_module
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -28,6 +30,9 @@ _FILES = (
 
 OverlongPolicy = Literal["truncate", "drop", "error"]
 
+_Pieces = list[tuple[list[int], bool]]  # ids, and whether they are trained
+_Cuts = list[int] | None  # how many ids lie before each edge of a text; None if one lies on an edge
+
 
 @dataclass
 class Sample:
@@ -47,6 +52,11 @@ class Sample:
     def trains(self) -> bool:
         # The model predicts position i from positions < i: a label at position 0 is never a target.
         return self.trained > (self.labels[:1] != [IGNORE])
+
+
+def import_in_background() -> None:
+    """Begin the import that `load_tokenizer` waits for. It takes seconds, in which Ray can start."""
+    threading.Thread(target=import_module, args=("transformers.models.auto.tokenization_auto",)).start()
 
 
 def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -118,19 +128,27 @@ class Encoder:
     A text is tokenized as one and divided by character offsets. Where a token would span a boundary between masked
     and trained text, the two sides are tokenized apart instead: that is what the model meets when it is served, where
     the prompt ends before the answer exists. Such samples have `merged_boundary` set.
+
+    Of a fast tokenizer nothing but Rust is kept, so that a task that receives it imports no transformers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
         self.eos = tokenizer.eos_token_id
+        self.eos_token = str(tokenizer.eos_token)
+        self.added = tuple(tokenizer.added_tokens_encoder)
         # The Rust tokenizer itself: it gives spans one by one, without a list of all of them.
         self.backend: Tokenizer | None = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self.slow = tokenizer if self.backend is None else None
+        self.spelling: list[bytes] | None = None
         if self.backend is not None:
             self.backend = _with_whole_spans(self.backend)
             self.backend.no_truncation()  # lengths are `fit`'s affair, and some tokenizers come with a limit
             self.backend.no_padding()
             probe = self.backend.encode("a")
-            self.appends = probe.token_to_chars(len(probe.ids) - 1) is None
+            spans = [probe.token_to_chars(index) for index in range(len(probe.ids))]
+            self.appends = spans[-1] is None
+            self.put_in_front = probe.ids[: next((i for i, span in enumerate(spans) if span), 0)]
+            self.spelling = _spelling(self.backend)
 
     def __call__(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[Sample]:
         """Prompts, which are masked, and answers, which are trained."""
@@ -143,20 +161,46 @@ class Encoder:
             return []
         if self.backend is None:
             return [self._sample(*each) for each in zip(texts, self._apart(texts), strict=True)]
-        chat = texts[0].chat
-        encodings = self.backend.encode_batch([text.text for text in texts], add_special_tokens=not chat)
         samples: list[Sample | None] = []
         whole: dict[int, list[int]] = {}  # of the texts that must be tokenized in pieces
-        for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            ids = self._without_appended(encoding) if self.appends and not chat else encoding.ids
-            divided = self._divide(text, ids, encoding)
-            samples.append(None if divided is None else self._sample(text, divided))
-            if divided is None:
+        tokenize = self._by_spelling if self.spelling else self._by_offsets
+        for index, (text, (ids, cuts)) in enumerate(zip(texts, tokenize(self.backend, texts), strict=True)):
+            if cuts is None:
+                samples.append(None)
                 whole[index] = ids
+            else:
+                edges = pairwise([0, *cuts, len(ids)])
+                samples.append(self._sample(text, [(ids[a:b], i % 2 == 1) for i, (a, b) in enumerate(edges)]))
         for (index, ids), pieces in zip(whole.items(), self._apart([texts[i] for i in whole]), strict=True):
             together = [token for tokens, _ in pieces for token in tokens]
             samples[index] = self._sample(texts[index], pieces, merged_boundary=together != ids)
         return cast(list[Sample], samples)
+
+    def _by_offsets(self, backend: Tokenizer, texts: Sequence[Rendered]) -> Iterator[tuple[list[int], _Cuts]]:
+        """For each text, tokenized whole, its ids and where its edges cut them."""
+        special = not texts[0].chat
+        encodings = backend.encode_batch([text.text for text in texts], add_special_tokens=special)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = self._without_appended(encoding) if self.appends and special else encoding.ids
+            yield ids, self._cuts(text, len(ids), encoding)
+
+    def _by_spelling(self, backend: Tokenizer, texts: Sequence[Rendered]) -> Iterator[tuple[list[int], _Cuts]]:
+        """The same by what the tokens spell, wherever that is the text, since offsets take long to compute."""
+        assert self.spelling is not None
+        in_front = [] if texts[0].chat else self.put_in_front
+        encodings = backend.encode_batch_fast([text.text for text in texts], add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = encoding.ids
+            spelt = [self.spelling[token] for token in ids]
+            if b"".join(spelt) != text.text.encode():  # composed characters, or spaces that a special token took
+                yield from self._by_offsets(backend, [text])
+                continue
+            starts = list(accumulate(map(len, spelt), initial=0))
+            edges = [0, *(edge for span in text.trained for edge in span)]
+            in_bytes = list(accumulate(len(text.text[a:b].encode()) for a, b in pairwise(edges)))
+            cuts = [bisect_right(starts, edge) - 1 for edge in in_bytes]
+            found = all(starts[cut] == edge for cut, edge in zip(cuts, in_bytes, strict=True))
+            yield in_front + ids, [len(in_front) + cut for cut in cuts] if found else None
 
     @staticmethod
     def _without_appended(encoding: Encoding) -> list[int]:
@@ -166,27 +210,26 @@ class Encoder:
             ids.pop()
         return ids
 
-    def _divide(self, text: Rendered, ids: list[int], encoding: Encoding) -> list[tuple[list[int], bool]] | None:
-        """Pieces of a text tokenized whole, or None if a token spans an edge between them."""
+    @staticmethod
+    def _cuts(text: Rendered, count: int, encoding: Encoding) -> _Cuts:
+        """Where the edges of a text tokenized whole cut its `count` ids, or None if a token spans an edge."""
 
         def end(index: int) -> int:
             span = encoding.token_to_chars(index)
             return span[1] if span else 0  # a special token put in front
 
-        pieces = []
-        first = 0
-        for number, edge in enumerate(edge for span in text.trained for edge in span):
-            last = len(ids)
+        cuts: list[int] = []
+        for edge in (edge for span in text.trained for edge in span):
+            cut = count
             if edge < len(text.text):
                 # Ends never fall, so the first token that reaches past the edge is found by bisection.
-                last = bisect_right(range(len(ids)), edge, lo=first, key=end)
-                if last < len(ids) and (encoding.token_to_chars(last) or (edge,))[0] < edge:
+                cut = bisect_right(range(count), edge, lo=cuts[-1] if cuts else 0, key=end)
+                if cut < count and (encoding.token_to_chars(cut) or (edge,))[0] < edge:
                     return None
-            pieces.append((ids[first:last], number % 2 == 1))
-            first = last
-        return [*pieces, (ids[first:], False)]
+            cuts.append(cut)
+        return cuts
 
-    def _apart(self, texts: Sequence[Rendered]) -> list[list[tuple[list[int], bool]]]:
+    def _apart(self, texts: Sequence[Rendered]) -> list[_Pieces]:
         """For each text, the ids of its pieces, each tokenized by itself."""
         divided = [text.pieces() for text in texts]
         for text, pieces in zip(texts, divided, strict=True):
@@ -198,7 +241,7 @@ class Encoder:
         starts = [index for index, text in enumerate(texts) if not text.chat]
         for index, ids in zip(starts, self._ids([divided[i][0][0] for i in starts], special=True), strict=True):
             # An EOS that the tokenizer appended to the prompt, not the user, would end it before the answer.
-            if ids and ids[-1] == self.eos and not divided[index][0][0].endswith(str(self.tokenizer.eos_token)):
+            if ids and ids[-1] == self.eos and not divided[index][0][0].endswith(self.eos_token):
                 ids = ids[:-1]
             apart[index][0] = (ids, False)
         return apart
@@ -209,8 +252,7 @@ class Encoder:
         if self.backend is None or not self.backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"):
             return alone
         # Behind a token that merges with none, which is then taken away: an added one that is there, or this character.
-        added = tuple(self.tokenizer.added_tokens_encoder)
-        before = [next((token for token in added if text.endswith(token)), "\0") for text, _ in texts]
+        before = [next((token for token in self.added if text.endswith(token)), "\0") for text, _ in texts]
         behind = self._ids([token + text for token, (_, text) in zip(before, texts, strict=True)], special=False)
         taken = self._ids(before, special=False)
         return [
@@ -219,9 +261,12 @@ class Encoder:
         ]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+        if self.slow is not None:
+            return self.slow(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+        assert self.backend is not None
+        return [each.ids for each in self.backend.encode_batch_fast(texts, add_special_tokens=special)]
 
-    def _sample(self, text: Rendered, pieces: list[tuple[list[int], bool]], merged_boundary: bool = False) -> Sample:
+    def _sample(self, text: Rendered, pieces: _Pieces, merged_boundary: bool = False) -> Sample:
         ids: list[int] = []
         labels: list[int] = []
         for tokens, trained in pieces:
@@ -231,6 +276,22 @@ class Encoder:
             ids.append(self.eos)
             labels.append(self.eos)
         return Sample(ids, labels, merged_boundary)
+
+
+def _spelling(backend: Tokenizer) -> list[bytes] | None:
+    """What each token of a byte-level tokenizer spells, by id; None if its tokens spell no text to the letter."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    spelling = [b""] * (1 + max(vocabulary.values(), default=0))
+    for token, index in vocabulary.items():
+        known = index not in added and all(character in byte_of for character in token)
+        spelling[index] = bytes(byte_of[character] for character in token) if known else token.encode()
+    probe = "Ä  b\n"  # not spelt by one that drops accents, case or spaces, or puts a space in front
+    ids = backend.encode(probe, add_special_tokens=False).ids
+    return spelling if b"".join(spelling[token] for token in ids) == probe.encode() else None
 
 
 def _with_whole_spans(backend: Tokenizer) -> Tokenizer:
