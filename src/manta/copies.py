@@ -11,7 +11,6 @@ Between two optimizer steps what is trained stands still, so that a thread reads
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 import tempfile
@@ -26,9 +25,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 
-from manta import checkpoint, ledger
+from manta import checkpoint, ledger, parcel
 from manta.progress import NAMESPACE
 from manta.saver import background_group, beside_compute, mark
 
@@ -66,12 +64,12 @@ class Keeper:
     def whole_parts(self) -> dict[Key, dict[int, int]]:
         """For each copy the ranks whose part is here and as it was sent, with the world size of that time."""
         return {
-            key: {rank: part.world for rank, part in parts.items() if _digest(part.payload) == part.digest}
+            key: {rank: part.world for rank, part in parts.items() if parcel.digest(part.payload) == part.digest}
             for key, parts in self.parts.items()
         }
 
     def about(self, key: Key, rank: int) -> dict[str, Any]:
-        return _about(self.parts[key][rank].payload)
+        return parcel.about(self.parts[key][rank].payload)
 
     def get(self, key: Key, rank: int) -> np.ndarray:
         return self.parts[key][rank].payload
@@ -119,7 +117,7 @@ class Copy:
         for rank in range(self.world):
             # Rank 0's part also holds what is the same everywhere.
             if not same or rank in (0, checkpoint.rank()):
-                _unpack(self._ask(rank, "get"), wanted, optimizer)
+                parcel.unpack(self._ask(rank, "get"), wanted, optimizer)
         for group, saved in zip(optimizer.param_groups, self.about[0]["groups"], strict=True):
             group.update(saved)
         scheduler.load_state_dict(self.about[0]["scheduler"])
@@ -217,7 +215,7 @@ class Copier:
         step_time = (start - self._began[1] - self._stall) / (step - self._began[0]) if self._began else None
         self._began = (step, start)
         self._stall = 0.0
-        tensors, boxes = _trained(model, optimizer)
+        tensors, boxes = parcel.trained(model, optimizer)
         described = {
             **about(),
             "boxes": boxes,
@@ -245,7 +243,7 @@ class Copier:
         try:
             try:
                 with beside_compute(ready):
-                    payload = _pack(tensors, about)
+                    payload = parcel.pack(tensors, about)
             finally:
                 self._read.set()
             kept = self._send(step, payload)
@@ -263,7 +261,7 @@ class Copier:
     def _send(self, step: int, payload: np.ndarray) -> float:
         import ray
 
-        where = (self.attempt, step), checkpoint.rank(), checkpoint.world(), _digest(payload)
+        where = (self.attempt, step), checkpoint.rank(), checkpoint.world(), parcel.digest(payload)
         shared = ray.put(payload)
         return sum(ray.get([home.put.remote(*where, shared) for home in self.homes], timeout=_TIMEOUT_S))
 
@@ -277,86 +275,3 @@ def _free_memory() -> float:
     import psutil
 
     return MEMORY_SHARE * psutil.virtual_memory().available
-
-
-def _digest(payload: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(payload.data)
-
-
-def _trained(model: Any, optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """This rank's tensors by name, and where in the whole tensor each shard begins. Rank 0 has what is not sharded."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    tensors: dict[str, torch.Tensor] = {}
-    boxes: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for key, value in (
-            (name, parameter.detach()),
-            *((f"{name}|{k}", v) for k, v in optimizer.state[parameter].items()),
-        ):
-            if isinstance(value, DTensor):
-                _, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-                tensors[key], boxes[key] = value.to_local(), list(offset)
-            elif checkpoint.rank() == 0:
-                tensors[key] = torch.as_tensor(value)
-    return tensors, boxes
-
-
-def _pack(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> np.ndarray:
-    from safetensors.torch import save
-
-    on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-    return np.frombuffer(save(on_host, {"about": json.dumps(about)}), np.uint8)
-
-
-def _about(payload: np.ndarray) -> dict[str, Any]:
-    """What `_pack` put into the header, which in a safetensors file is its length in 8 bytes, and JSON."""
-    size = int(payload[:8].view(np.uint64)[0])
-    return json.loads(json.loads(payload[8 : 8 + size].tobytes())["__metadata__"]["about"])
-
-
-def _unpack(payload: np.ndarray, parameters: dict[str, Any], optimizer: Any) -> None:
-    """Copy what of a part belongs to this rank into parameters and optimizer state."""
-    from safetensors.torch import load
-
-    boxes = _about(payload)["boxes"]
-    for key, tensor in load(payload.tobytes()).items():
-        name, _, kind = key.partition("|")
-        parameter = parameters[name]
-        if not kind:
-            target = parameter.detach()
-        elif tensor.ndim < parameter.ndim:  # a count of steps
-            device = parameter.device if optimizer.param_groups[0].get("fused") else "cpu"
-            optimizer.state[parameter][kind] = tensor.to(device)
-            continue
-        else:
-            state = optimizer.state[parameter]
-            if kind not in state:
-                state[kind] = torch.zeros_like(parameter.detach(), dtype=tensor.dtype)
-            target = state[kind]
-        _put(tensor, boxes.get(key), target)
-
-
-def _put(source: torch.Tensor, offset: list[int] | None, target: torch.Tensor) -> None:
-    """Copy the part of `source`, which begins at `offset` of the whole tensor, that this rank's shard covers."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mine = [0] * target.ndim
-    local = target
-    if isinstance(target, DTensor):
-        _, begin = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        mine, local = list(begin), target.to_local()
-    theirs = offset or [0] * target.ndim
-    into, out_of = [], []
-    for axis in range(target.ndim):
-        first = max(mine[axis], theirs[axis])
-        last = min(mine[axis] + local.shape[axis], theirs[axis] + source.shape[axis])
-        if first >= last:
-            return
-        into.append(slice(first - mine[axis], last - mine[axis]))
-        out_of.append(slice(first - theirs[axis], last - theirs[axis]))
-    local[tuple(into)].copy_(source[tuple(out_of)])

@@ -6,41 +6,42 @@ import numpy as np
 import pytest
 import torch
 
-from manta.copies import Copier, Keeper, _about, _digest, _newest, _pack, _put, _unpack
+from manta.copies import Copier, Keeper, _newest
+from manta.parcel import about, digest, pack, put, trained, unpack
 
 
-def payload(value: float, **about) -> np.ndarray:
-    return _pack({"weight": torch.full((4, 2), value)}, {"boxes": {}, **about})
+def payload(value: float, **described) -> np.ndarray:
+    return pack({"weight": torch.full((4, 2), value)}, {"boxes": {}, **described})
 
 
-def put(keeper, step, rank=0, world=1, attempt=1, damaged=False):
+def keep(keeper, step, rank=0, world=1, attempt=1, damaged=False):
     sent = payload(step)
-    digest = _digest(sent)
+    its = digest(sent)
     if damaged:
         sent = sent.copy()
         sent[-1] ^= 1
-    keeper.put((attempt, step), rank, world, digest, sent)
+    keeper.put((attempt, step), rank, world, its, sent)
 
 
 def test_a_keeper_keeps_the_last_two_and_vouches_for_what_is_as_it_was_sent():
     keeper = Keeper()
     for step in (3, 4, 5):
-        put(keeper, step)
-    put(keeper, 5, rank=1, damaged=True)
+        keep(keeper, step)
+    keep(keeper, 5, rank=1, damaged=True)
     assert keeper.whole_parts() == {(1, 4): {0: 1}, (1, 5): {0: 1}}
 
 
 def test_a_restart_replaces_copies_of_the_attempt_before():
     keeper = Keeper()
-    put(keeper, 7)
-    put(keeper, 8)
-    put(keeper, 8, attempt=2)
+    keep(keeper, 7)
+    keep(keeper, 8)
+    keep(keeper, 8, attempt=2)
     assert set(keeper.whole_parts()) == {(1, 8), (2, 8)}
 
 
 def test_header_is_read_without_the_tensors():
     packed = payload(1.0, committed=6, entries=[[6, 0, [1, 2]]])
-    assert _about(packed)["committed"] == 6 and _about(packed)["entries"] == [[6, 0, [1, 2]]]
+    assert about(packed)["committed"] == 6 and about(packed)["entries"] == [[6, 0, [1, 2]]]
 
 
 def test_optimizer_state_and_weights_come_back_bit_for_bit():
@@ -51,13 +52,11 @@ def test_optimizer_state_and_weights_come_back_bit_for_bit():
         model(torch.randn(2, 5)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    from manta.copies import _trained
-
-    tensors, boxes = _trained(model, optimizer)
-    packed = _pack(tensors, {"boxes": boxes})
+    tensors, boxes = trained(model, optimizer)
+    packed = pack(tensors, {"boxes": boxes})
     again = torch.nn.Linear(5, 3)
     fresh = torch.optim.AdamW(again.parameters(), lr=0.1)
-    _unpack(packed, dict(again.named_parameters()), fresh)
+    unpack(packed, dict(again.named_parameters()), fresh)
     data = torch.randn(2, 5)
     for network, its in ((model, optimizer), (again, fresh)):
         network(data).square().sum().backward()
@@ -70,7 +69,7 @@ def test_optimizer_state_and_weights_come_back_bit_for_bit():
 @pytest.mark.parametrize(("offset", "rows"), [([0, 0], 3), ([3, 0], 2), (None, 5)])
 def test_a_part_covers_its_box_of_the_whole(offset, rows):
     target = torch.zeros(5, 2)
-    _put(torch.ones(rows, 2), offset, target)
+    put(torch.ones(rows, 2), offset, target)
     first = offset[0] if offset else 0
     assert target[first : first + rows].eq(1).all() and target.sum() == rows * 2
 
@@ -96,11 +95,11 @@ def test_restart_takes_the_newest_copy_that_all_ranks_have_whole(ray_cluster):
 
     def send(actor, step, rank, world=2, damaged=False):
         sent = payload(step)
-        digest = _digest(sent)
+        its = digest(sent)
         if damaged:
             sent = sent.copy()
             sent[-1] ^= 1
-        ray.get(actor.put.remote((1, step), rank, world, digest, sent))
+        ray.get(actor.put.remote((1, step), rank, world, its, sent))
 
     send(actors[0], 8, 0)
     send(actors[1], 8, 1)
