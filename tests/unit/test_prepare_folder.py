@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from manta.config import Config
-from manta.data import prepare
+from manta.data import prepare, tasks
 from manta.data.prepare import Prepared
 from tiny import tiny_tokenizer
 
@@ -272,8 +272,8 @@ def test_a_damaged_folder_is_made_anew(folder, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 16])
 @pytest.mark.parametrize("count", [1, 3, 5, 64, 245, 1000])
 def test_tasks_hold_each_shard_once_and_end_small(count, processes):
-    tasks = prepare._tasks(count, processes)
-    assert [shard for task in tasks for shard in range(task["first"], task["end"])] == list(range(count))
-    sizes = [task["end"] - task["first"] for task in tasks]
+    divided = tasks.divide(count, processes)
+    assert [shard for task in divided for shard in range(task["first"], task["end"])] == list(range(count))
+    sizes = [task["end"] - task["first"] for task in divided]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and sizes[0] <= 16
-    assert len(tasks) >= min(count, 2 * processes)
+    assert len(divided) >= min(count, 2 * processes)

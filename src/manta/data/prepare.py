@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
-import json
-import logging
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +25,7 @@ import numpy as np
 
 from manta import manifest, storage
 from manta.config import Config
-from manta.data import formats, lint, packing, shards, source, tokenize
+from manta.data import formats, lint, packing, source, tokenize
 from manta.data.chat import load_chat_template
 from manta.data.packing import Packs
 from manta.data.shards import TOKENIZED, Job
@@ -40,7 +36,6 @@ from manta.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SHARDS_A_TASK = 16
 PACKS = "packs.npz"
 CHAT_TEMPLATE = "chat_template.jinja"
 QUARANTINE = "quarantine.jsonl"
@@ -190,7 +185,7 @@ def _make(
     encoder = tokenize.Encoder(tokenize.load_tokenizer(config.hf_model_id, config.trust_remote_code))
     job = replace(job, encoder=None if encoder.slow else encoder)  # Python code that came with a model cannot travel
     total = Total()
-    for summary in (_shards_here if here else _shards_on_ray)(config, job):
+    for summary in (tasks.here if here else tasks.on_ray)(config, job):
         total.add(summary)
         if total.bad > config.bad_rows_limit * job.rows:
             raise UserError(_too_many_bad(config, job, total))
@@ -224,67 +219,6 @@ def _make(
     )
     shutil.rmtree(prepared.path, ignore_errors=True)  # damaged, or it would be ready
     job.staging.rename(prepared.path)
-
-
-def _shards_here(config: Config, job: Job) -> Iterator[dict[str, Any]]:
-    for shard in range(job.shards):
-        yield shards.write_shard(job, shard)
-
-
-def _shards_on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which configures it
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.verbose_stats_logs = False
-    shared = ray.put(job)  # rows stay in their files: a task opens what it reads
-
-    processes = min(job.shards, config.hf_dataset_config.num_proc)
-
-    def work(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        gc.disable()  # rows and tokens make no cycles, and looking for some takes a tenth of the time
-        try:
-            for shard in range(task["first"], task["end"]):
-                yield {"result": json.dumps(shards.write_shard(_fetched(shared), shard))}
-        except UserError as error:  # which Ray would wrap in a traceback of its own
-            yield {"result": json.dumps({"error": str(error)})}
-        finally:
-            gc.enable()
-
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # the source need only exist on this node
-    # Items and not a range, whose numbers would be made by tasks of their own.
-    tasks = _tasks(job.shards, processes)
-    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
-        work, num_cpus=1, compute=ray.data.TaskPoolStrategy(processes), label_selector=here
-    )
-    for row in results.iter_rows():
-        result = json.loads(row["result"])
-        if "error" in result:
-            raise UserError(result["error"])
-        yield result
-
-
-@lru_cache(maxsize=1)
-def _fetched(shared: Any) -> Job:
-    """The job, once for all tasks of a process: it holds a whole vocabulary."""
-    import ray
-
-    job: Job = ray.get(shared)
-    return job
-
-
-def _tasks(count: int, processes: int) -> list[dict[str, int]]:
-    """Shards [first, end) of each task: several, since a task costs Ray about as much as a shard costs us, and ever
-    fewer towards the end, so that no process waits long for the last one."""
-    tasks = []
-    first = 0
-    while first < count:
-        size = max(1, min(_SHARDS_A_TASK, (count - first) // (2 * processes)))
-        tasks.append({"first": first, "end": first + size})
-        first += size
-    return tasks
 
 
 def _too_many_bad(config: Config, job: Job, total: Total) -> str:
