@@ -25,7 +25,7 @@ import numpy as np
 
 from manta import manifest, storage
 from manta.config import Config
-from manta.data import formats, lint, packing, source, tokenize
+from manta.data import formats, lint, packing, source, tasks, tokenize
 from manta.data.chat import load_chat_template
 from manta.data.packing import Packs
 from manta.data.shards import TOKENIZED, Job
