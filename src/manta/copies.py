@@ -119,7 +119,8 @@ class Copy:
             if not same or rank in (0, checkpoint.rank()):
                 parcel.unpack(self._ask(rank, "get"), wanted, optimizer)
         for group, saved in zip(optimizer.param_groups, self.about[0]["groups"], strict=True):
-            group.update(saved)
+            for key, value in saved.items():  # JSON has no tuples, and a later load compares the types
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         scheduler.load_state_dict(self.about[0]["scheduler"])
 
     def _ask(self, rank: int, what: str) -> Any:
