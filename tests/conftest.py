@@ -23,7 +23,7 @@ def ray_cluster() -> Iterator[None]:
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = CANARY
     try:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()

@@ -46,7 +46,7 @@ def connected(config: Config) -> Iterator[None]:
         address = config.ray_address or os.environ.get("RAY_ADDRESS")
         _knock(address)
         ray.init(
-            address=config.ray_address,
+            address=address or "local",  # None would also take a cluster that somebody else left here
             include_dashboard=None if config.ray_address else False,
             _system_config=None if address else _NODE_CHECKS | _IDLE,
             log_to_driver=False,
