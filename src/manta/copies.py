@@ -27,52 +27,15 @@ import numpy as np
 import torch
 
 from manta import checkpoint, ledger, parcel
+from manta.keeper import KEPT, Keeper, Key, digest
 from manta.progress import NAMESPACE
 from manta.saver import background_group, beside_compute, mark
 
 Mode = Literal["auto", "every", "off"]
-Key = tuple[int, int]  # attempt, step
 
 SHARE = 0.03  # of the step time that copies may cost in mode auto
 MEMORY_SHARE = 0.25  # of a node's free memory that copies may take in mode auto
-_KEPT = 2  # a whole copy, and one that is being made
 _TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class _Part:
-    world: int
-    digest: str
-    payload: np.ndarray
-
-
-class Keeper:
-    """Ray actor, one on each node: the last copies, by (attempt, step) and rank."""
-
-    def __init__(self) -> None:
-        self.parts: dict[Key, dict[int, _Part]] = {}
-
-    def put(self, key: Key, rank: int, world: int, digest: str, payload: np.ndarray) -> float:
-        """Keep a part; returns the CPU seconds that it took."""
-        start = time.process_time()
-        # A copy of its own: the argument lives in the object store as long as the worker does.
-        self.parts.setdefault(key, {})[rank] = _Part(world, digest, payload.copy())
-        for old in sorted(self.parts)[:-_KEPT]:
-            del self.parts[old]
-        return time.process_time() - start
-
-    def whole_parts(self) -> dict[Key, dict[int, int]]:
-        """For each copy the ranks whose part is here and as it was sent, with the world size of that time."""
-        return {
-            key: {rank: part.world for rank, part in parts.items() if parcel.digest(part.payload) == part.digest}
-            for key, parts in self.parts.items()
-        }
-
-    def about(self, key: Key, rank: int) -> dict[str, Any]:
-        return parcel.about(self.parts[key][rank].payload)
-
-    def get(self, key: Key, rank: int) -> np.ndarray:
-        return self.parts[key][rank].payload
 
 
 @dataclass
@@ -255,14 +218,14 @@ class Copier:
         costs = checkpoint.gather((cost, step_time, len(payload)), self._group)  # also: no rank is a copy ahead
         self._costs = [*self._costs[-6:], max(cost for cost, _, _ in costs)]
         self.next = step + self._interval(costs[0][1])
-        if self.mode == "auto" and max(size for _, _, size in costs) * _KEPT * len(self.homes) > _free_memory():
+        if self.mode == "auto" and max(size for _, _, size in costs) * KEPT * len(self.homes) > _free_memory():
             self.mode = "off"
             self.note("copies after each step are off: they would take too much of a node's free memory")
 
     def _send(self, step: int, payload: np.ndarray) -> float:
         import ray
 
-        where = (self.attempt, step), checkpoint.rank(), checkpoint.world(), parcel.digest(payload)
+        where = (self.attempt, step), checkpoint.rank(), checkpoint.world(), digest(payload)
         shared = ray.put(payload)
         return sum(ray.get([home.put.remote(*where, shared) for home in self.homes], timeout=_TIMEOUT_S))
 

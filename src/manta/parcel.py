@@ -7,13 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from manta import checkpoint
-
-
-def digest(payload: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(payload.data)
+from manta.keeper import about
 
 
 def trained(model: Any, optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
@@ -43,12 +39,6 @@ def pack(tensors: dict[str, torch.Tensor], described: dict[str, Any]) -> np.ndar
 
     on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
     return np.frombuffer(save(on_host, {"about": json.dumps(described)}), np.uint8)
-
-
-def about(payload: np.ndarray) -> dict[str, Any]:
-    """What `_pack` put into the header, which in a safetensors file is its length in 8 bytes, and JSON."""
-    size = int(payload[:8].view(np.uint64)[0])
-    return json.loads(json.loads(payload[8 : 8 + size].tobytes())["__metadata__"]["about"])
 
 
 def unpack(payload: np.ndarray, parameters: dict[str, Any], optimizer: Any) -> None:

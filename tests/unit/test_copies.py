@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from manta.copies import Copier, Keeper, _newest
-from manta.parcel import about, digest, pack, put, trained, unpack
+from manta.copies import Copier, _newest
+from manta.keeper import Keeper, about, digest
+from manta.parcel import pack, put, trained, unpack
 
 
 def payload(value: float, **described) -> np.ndarray:
@@ -111,3 +115,9 @@ def test_restart_takes_the_newest_copy_that_all_ranks_have_whole(ray_cluster):
     assert _newest(names, after=8) is None  # the disk has that one already
     send(actors[0], 9, 1)  # the same part, whole, on the other keeper
     assert _newest(names, after=5).step == 9
+
+
+def test_a_keeper_starts_without_torch():
+    program = "import sys, manta.keeper; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
