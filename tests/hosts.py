@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORK = Path("/tmp/work")  # on each host its own
-_ALIVE_S = 900  # no host outlives a test that hangs
+_ALIVE_S = 1000  # no host outlives a test that hangs
 
 # fd 9 is the code, which may itself be below /tmp; --no-canonicalize lets mount take it by its descriptor.
 _BOOT = """
