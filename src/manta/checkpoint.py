@@ -128,17 +128,15 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
     scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
 
 
-def choose(preferred: Path | None, others: list[Path]) -> tuple[Path | None, dict[str, str]]:
-    """The checkpoint to go on from: `preferred`, or the newest of `others` if it is damaged. Rank 0 decides for all.
+def choose(candidates: list[Path]) -> tuple[Path | None, dict[str, str]]:
+    """The newest of `candidates` that is whole. Rank 0 decides for all.
 
     Returns it, and for each checkpoint passed over its name and what is wrong with it. Verified by hash: the
     optimizer's index is a pickle, and flipped bits in weights load without complaint.
     """
     decision: list[Any] = [None, {}]
     if rank() == 0:
-        candidates = [preferred] if preferred else []
-        candidates += sorted((path for path in others if path != preferred), reverse=True)
-        for path in candidates if preferred else []:
+        for path in sorted(candidates, key=lambda path: path.name, reverse=True):
             problem = storage.problem(path)
             if problem is None:
                 decision[0] = path

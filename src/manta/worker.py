@@ -42,7 +42,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED",
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Train until the end of the run, from the checkpoint that Ray hands over if there is one.
+    """Train until the end of the run, from its newest copy or checkpoint if there is one.
 
     `config_dict` is `Config.to_dict()`. `manta train` adds `run` (the run's folder), `prepared` (the data's),
     `mailbox` (the actor that listens) and `lease` (the token that its checkpoints need); under a TorchTrainer of one's
@@ -291,10 +291,14 @@ def _folder_of_experiment() -> Path:
 
 
 def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Collection[str]]:
-    """The checkpoint that Ray committed last; an older one, with a note, if it is damaged. And the damaged."""
-    committed = train.get_checkpoint()
-    preferred = run.path / Path(committed.path).name if committed else None
-    resume, damaged = checkpoint.choose(preferred, [found.path for found in run.checkpoints()])
+    """The newest checkpoint that is whole, and, with a note, those that are not.
+
+    A manifest is what makes a checkpoint, also where the workers died before Ray had taken in their report of it.
+    """
+    names = {found.path.name for found in run.checkpoints()}
+    if committed := train.get_checkpoint():
+        names.add(Path(committed.path).name)
+    resume, damaged = checkpoint.choose([run.path / name for name in names])
     if rank == 0:  # what a save of the attempt before was in the middle of
         run.remove_unfinished()
     for name, problem in damaged.items():
