@@ -133,21 +133,22 @@ class RayTrainReportCallback(TrainerCallback):
             if log.get("step") == step:
                 metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
 
-        def report() -> None:
-            from ray import train
-
-            path = newest_path(folder, step)
-            train.report(
-                metrics,
-                checkpoint=train.Checkpoint(*storage.arrow(path)),
-                checkpoint_dir_name=path.name,
-                checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
-            )
-
         if self.saver:
-            self.saver.then(report)
+            self.saver.then(lambda: register(newest_path(folder, step), metrics))
         else:
-            report()
+            register(newest_path(folder, step), metrics)
+
+
+def register(checkpoint: Path, metrics: dict[str, Any]) -> None:
+    """Put a complete checkpoint on Ray's list. Collective."""
+    from ray import train
+
+    train.report(
+        metrics,
+        checkpoint=train.Checkpoint(*storage.arrow(checkpoint)),
+        checkpoint_dir_name=checkpoint.name,
+        checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+    )
 
 
 class StepCopyCallback(TrainerCallback):

@@ -26,6 +26,7 @@ from manta.callbacks import (
     SpareWorkersCallback,
     StepCopyCallback,
     StopOnRequestCallback,
+    register,
 )
 from manta.config import Config
 from manta.data import prepare
@@ -295,10 +296,12 @@ def _resume_point(run: Run, mailbox: Any, rank: int) -> tuple[Path | None, Colle
 
     A manifest is what makes a checkpoint, also where the workers died before Ray had taken in their report of it.
     """
-    names = {found.path.name for found in run.checkpoints()}
-    if committed := train.get_checkpoint():
-        names.add(Path(committed.path).name)
-    resume, damaged = checkpoint.choose([run.path / name for name in names])
+    known = {found.path.name: found.metrics for found in run.checkpoints()}
+    committed = train.get_checkpoint()
+    listed = Path(committed.path).name if committed else ""
+    resume, damaged = checkpoint.choose([run.path / name for name in {*known, listed} - {""}])
+    if resume and resume.name > listed:
+        register(resume, {"step": step_of(resume), **known.get(resume.name, {})})
     if rank == 0:  # what a save of the attempt before was in the middle of
         run.remove_unfinished()
     for name, problem in damaged.items():
