@@ -126,7 +126,7 @@ def bad_rows(bench: Bench) -> None:
     bad = [b'{"question": "a", "ans', b'{"question": "\xff\xfe", "answer": "b"}', b'{"asked": "a"}', b"[1, 2]"]
     empty, overlong = b'{"question": "", "answer": ""}', json.dumps({"question": "a", "answer": "b c " * 200}).encode()
     (folder / "rows.jsonl").write_bytes(good + b"\n".join([*bad, empty, overlong]) + b"\n")
-    settings = {"overlong_policy": "drop", "lint": {"empty_output": "off"}, "stop_at_step": 2}
+    settings = {"overlong_policy": "drop", "stop_at_step": 2}
     with bench.row(BAD_ROWS, "all of them, allowed: counted, put aside, trained without") as row:
         config = quick(folder, "allowed", bad_rows_limit=0.2, **settings)
         with bench.running(config, folder) as job:
