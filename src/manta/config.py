@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manta import manifest, storage
-from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json
+from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json, without_password
 from manta.errors import ConfigError
 
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
@@ -27,7 +27,7 @@ ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SH
 class Config(BaseModel):
     """One run of Manta. `to_dict` and `from_dict` round-trip; the run's folder holds the resolved config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     # --- Model
     hf_model_id: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: hub name or local folder")
@@ -186,6 +186,8 @@ class Config(BaseModel):
             raise ValueError(f"names {wrong}, which no template can use")
         return variables
 
+    _check_places = field_validator("results_dir", "data_dir")(without_password)
+
     @field_validator("run_name")
     @classmethod
     def _check_run_name(cls, name: str | None) -> str | None:
@@ -323,7 +325,8 @@ def did_you_mean(key: str) -> str:
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {problem['input']!r})" if where else message
+    given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
+    return f"{where}: {message} (got {given})" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:

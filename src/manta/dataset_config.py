@@ -7,6 +7,7 @@ import string
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -37,10 +38,20 @@ def parse_json(value: Any) -> Any:
         raise ValueError(f"is not JSON ({error}); put it in single quotes, with double quotes within") from error
 
 
+def without_password(place: str) -> str:
+    """`place`, unless it is a URL with a password, which would be written into every run's files. Raises ValueError."""
+    if urlsplit(place).password is not None:
+        raise ValueError(
+            "holds a password, which would be written into the run's files; download the file first, or use a store "
+            "whose client takes credentials from the environment, such as s3://"
+        )
+    return place
+
+
 class HFDatasetConfig(BaseModel):
     """Where the rows come from and how a row becomes an input (masked) and an output (trained)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     dataset_name: str = Field(
         "cognitivecomputations/dolphin",
@@ -84,6 +95,8 @@ class HFDatasetConfig(BaseModel):
         template = template.replace("\\n", "\n").replace("\\t", "\t")
         template_fields(template)
         return template
+
+    _check_place = field_validator("dataset_name")(without_password)
 
     @field_validator("field_mapping", "mixture", mode="before")
     @classmethod

@@ -548,3 +548,17 @@ def test_workers_are_a_number_or_a_range(given, meant, fewest_and_most):
 def test_other_workers_are_refused(wrong):
     with pytest.raises(ConfigError, match="num_workers"):
         Config.from_dict({"num_workers": wrong})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"results_dir": "s3://user:hunter2@host/runs"},
+        {"hf_dataset_config": {"dataset_name": "https://user:hunter2@host/rows.jsonl"}},
+        {"hf_dataset_config": {"mixture": [{"dataset_name": "https://user:hunter2@host/rows.jsonl"}]}},
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(settings):
+    with pytest.raises(ConfigError, match="holds a password") as caught:
+        Config.from_dict(settings)
+    assert "hunter2" not in str(caught.value)
