@@ -50,8 +50,14 @@ def prepared_by(config: Config, console: Console | None = None) -> Prepared:
 
 def check_data(config: Config, prepared: Prepared, console: Console) -> None:
     """Say what looks wrong about the data. Raises UserError if the config calls any of it an error."""
-    found = lint.findings(prepared.counts, config.lint, config.objective)
+    counts = prepared.counts
+    found = lint.findings(counts, config.lint, config.objective)
     errors = [str(finding) for finding in found if finding.level == "error"]
+    if counts["quarantined"] > config.bad_rows_limit * counts["rows"]:  # prepared when more were allowed
+        errors.append(
+            f"{counts['quarantined']:,} of {counts['rows']:,} rows cannot be used, over bad_rows_limit "
+            f"{config.bad_rows_limit:g}: {prepared.path / prepare.QUARANTINE}. Mend them, or raise --bad_rows_limit."
+        )
     for finding in found:
         if finding.level == "warning":
             _say_finding(console, finding)

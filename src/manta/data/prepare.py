@@ -196,7 +196,7 @@ def _make(
         _join(job.staging, name)
     staged = replace(prepared, path=job.staging)
     counts["training"] |= _arrange(config, staged, job, counts["training"]["samples"])
-    counts["quarantined"] = total.bad
+    counts |= {"rows": job.rows, "quarantined": total.bad}
     if job.template:
         manifest.write_text(job.staging / CHAT_TEMPLATE, job.template.published)
     about = {
