@@ -59,6 +59,7 @@ def full(bench: Bench) -> None:
             job.until(lambda: len(job.run.checkpoints()) > 1, 60)
             newest = job.run.checkpoints()[-1]
             name = flip(newest.path, rng)
+            job.steps_more(4)  # away from where the next kill comes: a step that fails twice ends a run
             signal_worker(job, row, rng.randrange(2), signal.SIGKILL, intervals=2)
             start = job.events("attempt")[-1]["step"]
             row.notes.append(f"{newest.path.name}/{name} → from step {start}")
