@@ -201,6 +201,7 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
     from manta.callbacks import RayTrainReportCallback
     from manta.data.prepare import Prepared
     from manta.runs import checkpoint_path
+    from manta.saver import Saver
 
     placement = model.Placement(torch.device("cpu"), ray_train.get_context().get_world_size())
 
@@ -220,9 +221,11 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             network = model.build(config, placement, resume / "model" if resume else None)
             model.assert_sharded(network, config, placement)
             before = {name: local(parameter) for name, parameter in network.named_parameters()}
-            trainer = worker.make_trainer(config, run, prepared, network, start, placement.world_size)
+            saver = Saver(run, start, None, config.async_save, print)
+            trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement.world_size)
             trainer.remove_callback(RayTrainReportCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            saver.wait()
             for log in trainer.state.log_history:
                 for key in logs:
                     if key in log:
