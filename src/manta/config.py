@@ -96,7 +96,7 @@ class Config(BaseModel):
     async_save: bool = Field(True, description="Write checkpoints beside training instead of waiting for them")
     step_copies: Literal["auto", "every", "off"] = Field(
         "auto",
-        description="Copy what is trained to two nodes' memory: as often as costs at most 3 %, after every step, never",
+        description="Copy what is trained to two nodes' memory; auto: as often as costs at most 3 %; every step; off",
     )
 
     # --- Data
