@@ -133,7 +133,6 @@ def open_job(config: Config, prepared: Prepared) -> Job:
         forget_sources(prepared)
         raise
     near = storage.near(prepared.path)
-    near.parent.mkdir(parents=True, exist_ok=True)
     staging = near.with_name(f".staging-{near.name}")
     return Job(config.to_dict(), tuple(sources), found, splits, staging, template=template, stops=stops)
 
