@@ -93,9 +93,9 @@ class Copy:
 
 
 def keepers(mailbox: Any, nodes: list[str]) -> dict[str, str]:
-    """Name of the keeper of each node that runs workers, and of one other if they are all on one; and of earlier ones.
+    """Keepers by node: of each node that runs workers, of one other if they are all on one, and of earlier ones.
 
-    Rank 0 asks, for all.
+    Those of earlier nodes may be gone. Rank 0 asks, for all.
     """
     import ray
 
@@ -154,7 +154,10 @@ class Copier:
     """
 
     def __init__(self, names: dict[str, str], node: str, attempt: int, mode: Mode, note: Callable[[str], None]):
-        around = sorted(names)
+        import ray
+
+        alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+        around = sorted(alive & names.keys() | {node})
         following = around[(around.index(node) + 1) % len(around)]
         self.homes = [_actor(names[each]) for each in dict.fromkeys((node, following))]
         self.attempt, self.mode, self.note = attempt, mode, note
@@ -203,22 +206,25 @@ class Copier:
         self, step: int, tensors: dict[str, torch.Tensor], about: dict[str, Any], ready: Any, step_time: float | None
     ) -> None:
         start = time.thread_time()
-        kept = 0.0
+        kept, size = 0.0, 0
         try:
             try:
                 with beside_compute(ready):
                     payload = parcel.pack(tensors, about)
             finally:
                 self._read.set()
+            size = len(payload)
             kept = self._send(step, payload)
         except Exception as error:  # a copy that fails costs no more than that copy
             self.note(f"no copy of step {step}: {type(error).__name__}: {error}")
         on_cpu = not torch.cuda.is_available()
         cost = self._stall + (time.thread_time() - start + kept if on_cpu else 0.0)
-        costs = checkpoint.gather((cost, step_time, len(payload)), self._group)  # also: no rank is a copy ahead
+        needed = size * KEPT * len(self.homes)
+        # What follows is the same on all ranks, and no rank is a copy ahead.
+        costs = checkpoint.gather((cost, step_time, needed > _free_memory()), self._group)
         self._costs = [*self._costs[-6:], max(cost for cost, _, _ in costs)]
         self.next = step + self._interval(costs[0][1])
-        if self.mode == "auto" and max(size for _, _, size in costs) * KEPT * len(self.homes) > _free_memory():
+        if self.mode == "auto" and any(too_large for _, _, too_large in costs):
             self.mode = "off"
             self.note("copies after each step are off: they would take too much of a node's free memory")
 
@@ -227,7 +233,14 @@ class Copier:
 
         where = (self.attempt, step), checkpoint.rank(), checkpoint.world(), digest(payload)
         shared = ray.put(payload)
-        return sum(ray.get([home.put.remote(*where, shared) for home in self.homes], timeout=_TIMEOUT_S))
+        took = 0.0
+        for home, answer in [(home, home.put.remote(*where, shared)) for home in self.homes]:
+            try:
+                took += ray.get(answer, timeout=_TIMEOUT_S)
+            except ray.exceptions.RayActorError:  # its node is lost: the rest of this attempt does without
+                self.homes.remove(home)
+                self.note(f"a keeper of copies is gone after step {step}; {len(self.homes)} left")
+        return took
 
     def _interval(self, step_time: float | None) -> int:
         if self.mode != "auto" or step_time is None:

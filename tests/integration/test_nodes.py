@@ -26,7 +26,7 @@ from tiny import tiny_model
 
 pytestmark = pytest.mark.slow
 
-STEPS = 400
+STEPS = 1200
 SAVE = 100
 
 
@@ -138,8 +138,8 @@ def test_a_drained_node_costs_no_step_and_no_failure(nodes, tmp_path, record_pro
     try:
         wait_for(lambda: step_of(run, 1) > 5, driver, log)
         at = step_of(run, 1)
-        drain(nodes.address, leaving.node_id, seconds=15)
-        wait_for(lambda: run.latest(), driver, log, seconds=10)
+        drain(nodes.address, leaving.node_id, seconds=40)
+        wait_for(lambda: run.latest(), driver, log, seconds=35)
         saved, done = run.latest().step, step_of(run, 1)
         record_property("saved", f"drained at step {at}, saved {saved}, done {done}")
         wait_for(lambda: step_of(run, 2) > 0, driver, log)
