@@ -142,6 +142,7 @@ def test_a_drained_node_costs_no_step_and_no_failure(nodes, tmp_path, record_pro
         wait_for(lambda: run.latest(), driver, log, seconds=35)
         saved, done = run.latest().step, step_of(run, 1)
         record_property("saved", f"drained at step {at}, saved {saved}, done {done}")
+        os.kill(leaving.all_processes["raylet"][0].process.pid, signal.SIGKILL)  # as the cloud does
         wait_for(lambda: step_of(run, 2) > 0, driver, log)
     finally:
         end(driver)
