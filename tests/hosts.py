@@ -109,7 +109,9 @@ class Host:
         return ["nsenter", "--target", str(self.pid), *namespaces, f"--wdns={WORK}", "--"]
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, **self.environment, **more}
+        """Ray's variables are this host's own: `ray.init` in the tests' process leaves some in its environment."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return {**ours, **self.environment, **more}
 
 
 def unavailable() -> str | None:

@@ -6,6 +6,7 @@ Host `a` has Ray's head, the driver and the S3 server, host `b` is a node of Ray
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import sys
 import time
@@ -28,6 +29,7 @@ pytestmark = [
 A, B = "10.77.0.1", "10.77.0.2"
 RAY, S3 = 6379, 5000
 STEPS, SAVE = 300, 20
+TOKEN = secrets.token_hex(32)  # Ray's, the same on all hosts
 PYTHON = sys.executable
 
 # What is known of a run, as JSON: read on a host, since the store cannot be reached from here.
@@ -76,6 +78,7 @@ def boot(net: Network, name: str, files: Path) -> None:
         **{"RAY_health_check_failure_threshold": "3", "RAY_health_check_initial_delay_ms": "1000"},
         "RAY_ENABLE_RECORD_TASK_LOGGING": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
     }
 
 
