@@ -2,13 +2,14 @@
 
     python benchmarks/saving.py [--quick]
 
-Two workers and a model of which a full checkpoint is about 100 MB. The arms are runs of their own, interleaved A B B A.
+A model of which a full checkpoint is about 100 MB, two cores. The arms are runs of their own, interleaved A B B A.
 
 1. Save stall: for how long a save keeps the training loop waiting (`save_stall_s` of the checkpoint events, without
    each run's first save), `--async_save true` against `false`, full fine-tuning and LoRA; medians. To check that figure
-   from outside, what a save adds to the time between two steps.
+   from outside, what a save adds to the time between two steps: with one worker, which leaves a core free as the host's
+   are beside a GPU, and with two, where training and saving share both cores and nothing can be gained.
 2. Copies after each step: seconds of a step (median of the times between log lines), `--step_copies every` against
-   `off`, LoRA, a step of about a second; and what is lost when a worker is killed at a random step.
+   `off`, LoRA, two workers, a step of about a second; and what is lost when a worker is killed at a random step.
 
 Results go to benchmarks/results/<date>-saving.{json,md}.
 """
@@ -54,7 +55,7 @@ def gaps(job: Job) -> dict[int, float]:
     return {step: told[step] - told[step - 1] for step in told if step > 4}
 
 
-def stalls(bench: Bench, kind: str, order: str, saves: int) -> dict[str, Any]:
+def stalls(bench: Bench, kind: str, workers: int, order: str, saves: int) -> dict[str, Any]:
     """Seconds of stall of each save, and what a save adds to the steps around it, for both arms."""
     every = 5
     found: dict[str, list[float]] = {"async": [], "sync": []}
@@ -62,7 +63,8 @@ def stalls(bench: Bench, kind: str, order: str, saves: int) -> dict[str, Any]:
     size = 0
     for number, arm in enumerate("async" if letter == "A" else "sync" for letter in order):
         settings = {"async_save": arm == "async", "save_steps": every, "max_steps": every * (saves + 1)}
-        job = train(bench, f"{kind}-{arm}-{number}", kind, step_copies="off", gradient_accumulation_steps=2, **settings)
+        settings |= {"num_workers": workers, "nominal_workers": workers, "step_copies": "off"}
+        job = train(bench, f"{kind}{workers}-{arm}-{number}", kind, gradient_accumulation_steps=2, **settings)
         found[arm] += [event["save_stall_s"] for event in job.events("checkpoint")[1:]]
         between = gaps(job)
         plain = statistics.median(seconds for step, seconds in between.items() if step % every not in (0, 1))
@@ -122,9 +124,10 @@ def main() -> None:
             "versions": {name: version(name) for name in ("manta-train", "ray", "torch", "transformers", "peft")},
             "stall": {},
         }
-        for kind in ("full", "lora"):
-            report["stall"][kind] = stalls(bench, kind, order, saves)
-            print(kind, report["stall"][kind], flush=True)
+        for kind, workers in (("full", 1), ("lora", 1), ("full", 2)):
+            case = f"{kind}, {workers} worker{'s' * (workers > 1)}"
+            report["stall"][case] = stalls(bench, kind, workers, order, saves)
+            print(case, report["stall"][case], flush=True)
         report["copies"] = copies(bench, order, steps, options.accumulation)
         report["killed"] = killed(bench, options.accumulation, kills)
     _write(report, not options.quick)
@@ -133,7 +136,7 @@ def main() -> None:
 def _write(report: dict[str, Any], to_files: bool) -> None:
     copied, lost = report["copies"], report["killed"]
     text = (
-        f"# What saving costs, {report['date']}\n\nTwo workers; {report['machine']}; "
+        f"# What saving costs, {report['date']}\n\n{report['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         + "; arms interleaved A B B A, medians.\n\n"
         "| | checkpoint | stall, asynchronous | stall, synchronous | ratio | added to the next step, asynchronous / "
@@ -145,7 +148,7 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
             f"{part['median_added_to_next_step_s']['sync'] * 1e3:.0f} ms |\n"
             for kind, part in report["stall"].items()
         )
-        + f"\nCopies after each step, LoRA: {copied['median_step_s']['every']:.3f} s a step with, "
+        + f"\nCopies after each step, LoRA, 2 workers: {copied['median_step_s']['every']:.3f} s a step with, "
         f"{copied['median_step_s']['off']:.3f} s without: {copied['cost']:+.1%}. Worker killed at "
         f"{len(lost['wasted_steps'])} random moments, no checkpoint on disk: wasted steps {lost['wasted_steps']}, "
         f"seconds to the first new step {[round(seconds, 1) for seconds in lost['seconds_to_new_step']]}.\n\n"
