@@ -39,11 +39,12 @@ from tiny import tiny_model
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "attention_dropout": 0.1}
-ADAPTERS = {"lora_rank": 64, "lora_target_modules": "all-linear"}
+LARGE = {"lora_rank": 64, "lora_target_modules": "all-linear"}  # a save that takes a while
+USUAL = {"lora_rank": 8, "lora_target_modules": "all-linear"}  # of a model this small still 5 % of its weights
 
 
 def train(bench: Bench, name: str, kind: str, **settings: Any) -> Job:
-    with bench.job(name, kind, **ADAPTERS, **settings) as job:
+    with bench.job(name, kind, **settings) as job:
         job.start()
         job.finish(400)
     return job
@@ -64,7 +65,8 @@ def stalls(bench: Bench, kind: str, workers: int, order: str, saves: int) -> dic
     for number, arm in enumerate("async" if letter == "A" else "sync" for letter in order):
         settings = {"async_save": arm == "async", "save_steps": every, "max_steps": every * (saves + 1)}
         settings |= {"num_workers": workers, "nominal_workers": workers, "step_copies": "off"}
-        job = train(bench, f"{kind}{workers}-{arm}-{number}", kind, gradient_accumulation_steps=2, **settings)
+        name = f"{kind}{workers}-{arm}-{number}"
+        job = train(bench, name, kind, **LARGE, gradient_accumulation_steps=2, **settings)
         found[arm] += [event["save_stall_s"] for event in job.events("checkpoint")[1:]]
         between = gaps(job)
         plain = statistics.median(seconds for step, seconds in between.items() if step % every not in (0, 1))
@@ -86,8 +88,9 @@ def copies(bench: Bench, order: str, steps: int, accumulation: int) -> dict[str,
     """Seconds of a step with and without copies."""
     found: dict[str, list[float]] = {"every": [], "off": []}
     for number, arm in enumerate("every" if letter == "A" else "off" for letter in order):
-        settings = {"step_copies": arm, "save_steps": 1000, "max_steps": steps}
-        job = train(bench, f"copies-{arm}-{number}", "lora", gradient_accumulation_steps=accumulation, **settings)
+        settings: dict[str, Any] = {"step_copies": arm, "save_steps": 1000, "max_steps": steps}
+        settings |= {**USUAL, "gradient_accumulation_steps": accumulation}
+        job = train(bench, f"copies-{arm}-{number}", "lora", **settings)
         found[arm] += [seconds for step, seconds in gaps(job).items() if step < steps]
     medians = {arm: statistics.median(each) for arm, each in found.items()}
     return {"step_s": found, "median_step_s": medians, "cost": medians["every"] / medians["off"] - 1}
@@ -97,7 +100,7 @@ def killed(bench: Bench, accumulation: int, kills: int) -> dict[str, Any]:
     """A worker is killed at random moments: wasted steps and seconds to the first new one, each time."""
     rng, lost = random.Random("killed"), []
     with bench.job(
-        "killed", "lora", **ADAPTERS, gradient_accumulation_steps=accumulation, save_steps=1000, max_steps=1000
+        "killed", "lora", **USUAL, gradient_accumulation_steps=accumulation, save_steps=1000, max_steps=1000
     ) as job:
         job.ensure_running()
         for _ in range(kills):
