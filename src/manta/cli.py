@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from manta import __version__
 from manta.cli_evaluate import evaluate
 from manta.cli_options import BASE_MODEL, CHECKPOINTS_DIR, FULL_FT, RUN, console, run_of
-from manta.config import Config, HFDatasetConfig, merged, read_recipe
+from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
+from manta.recipe import merged, read_recipe
 
 # First field of each section of `manta train --help`.
 SECTIONS = {

@@ -115,6 +115,19 @@ def check_fits(wanted: int, each: dict[str, float]) -> None:
         )
 
 
+def check_room_beside(wanted: int, each: dict[str, float], beside: dict[str, float]) -> None:
+    """Raises UserError if the cluster has less than `beside` in all besides `wanted` workers: it would never start."""
+    import ray
+
+    total = ray.cluster_resources()
+    need = {name: wanted * each.get(name, 0) + amount for name, amount in beside.items()}
+    if short := {name: total.get(name, 0) for name, amount in need.items() if total.get(name, 0) < amount}:
+        raise UserError(
+            f"metric_for_best needs {beside} beside {wanted} workers × {each}, but the cluster has {short}. Lower "
+            "--num_workers or --validation_resources, or choose --metric_for_best eval_loss."
+        )
+
+
 def check_device_before_start(config: Config) -> None:
     """Raises UserError if cuda is asked for on a cluster of our own and this machine has no GPU; starts nothing."""
     if config.device == "cuda" and not config.ray_address and not os.environ.get("RAY_ADDRESS"):

@@ -72,7 +72,7 @@ def convert(run: Run, output: Path | None = None, merge: bool = True) -> Path:
 def usable_checkpoint(run: Run) -> Checkpoint:
     """The best checkpoint whose files are as they were written, on this node. Raises UserError if there is none."""
     problems = []
-    for checkpoint in sorted(run.checkpoints(), key=lambda found: (found.eval_loss, -found.step)):
+    for checkpoint in run.ranked():
         problem = storage.problem(checkpoint.path)
         if problem is None:
             return replace(checkpoint, path=storage.fetch(checkpoint.path))
