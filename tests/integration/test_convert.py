@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manta import manifest
 from manta.convert import convert
 from manta.errors import UserError
-from manta.evaluate import Sampling, evaluate
 from manta.runs import Run
 from manta.train import train
 from running import run_of, small_config
@@ -106,46 +105,3 @@ def test_a_damaged_best_checkpoint_is_passed_over(lora, tmp_path):
         (checkpoint.path / "position.json").unlink()
     with pytest.raises(UserError, match=r"position\.json is missing"):
         convert(run, tmp_path / "out")
-
-
-def test_evaluate_scores_base_and_tuned_on_the_runs_own_test_split(lora, full):
-    for run in (lora, full):
-        report = evaluate(run, sampling=Sampling(max_tokens=12, temperature=0), max_samples=5, batch_size=2)
-        base, tuned = report["models"]["base"], report["models"]["tuned"]
-        assert tuned["loss"] < base["loss"] - 0.5
-        rows = [json.loads(line) for line in (run.path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-        held_out = [json.loads(line) for line in (run.prepared() / "test.jsonl").read_text().splitlines()]
-        assert [row["row"] for row in rows] == [row["row"] for row in held_out][:5]
-        hits = sum(row["tuned"].strip() == row["output"].strip() for row in rows)
-        assert tuned["exact_match"] == hits / len(rows)
-
-
-def test_scores_do_not_depend_on_the_batch_size(lora):
-    reports = [
-        evaluate(lora, sampling=Sampling(max_tokens=8, temperature=0), max_samples=6, batch_size=size)
-        for size in (1, 6)
-    ]
-    rows = (lora.path / "evaluation" / "predictions.jsonl").read_text()
-    assert reports[0]["models"]["tuned"] == pytest.approx(reports[1]["models"]["tuned"], abs=1e-5)
-    assert len(rows.splitlines()) == 6
-
-
-def test_nothing_to_score_is_a_message(lora, tmp_path):
-    with pytest.raises(UserError, match="no test data"):
-        evaluate(lora, tmp_path / "absent.jsonl")
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="holds no rows"):
-        evaluate(lora, tmp_path / "empty.jsonl")
-    (tmp_path / "other.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(UserError, match="input"):
-        evaluate(lora, tmp_path / "other.jsonl")
-
-
-def test_a_prompt_that_fills_the_model_gets_an_empty_answer(lora, tmp_path):
-    path = tmp_path / "long.jsonl"
-    path.write_text(
-        json.dumps({"input": "word " * 5000, "output": "x"}) + "\n" + json.dumps({"input": "Q", "output": "A"}) + "\n"
-    )
-    evaluate(lora, path, sampling=Sampling(max_tokens=4, temperature=0))
-    rows = [json.loads(line) for line in (lora.path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-    assert rows[0]["tuned"] == ""
