@@ -55,24 +55,49 @@ def find_encoder(model: str, layer: int | None = None) -> Encoder | None:
     return Encoder(source, name, chosen)
 
 
-def score(
-    candidates: Sequence[str], references: Sequence[str], encoder: Encoder, device: str = "cpu"
-) -> dict[str, np.ndarray]:
-    """`precision`, `recall` and `f1` of each pair, [pairs] in −1…1. A pair with an empty text has 0.
+class Scorer:
+    """The encoder, loaded once. Raises UserError for one whose texts have no special tokens around them."""
 
-    A text beyond the encoder's length is cut to it. Memory: the token vectors of all different texts, in float32.
-    """
-    if not candidates:
-        return {name: np.zeros(0) for name in ("precision", "recall", "f1")}
-    vectors = _encode(sorted({*candidates, *references}), encoder, device)
-    pairs = [
-        _match(vectors[one], vectors[other]) if one.strip() and other.strip() else (0.0, 0.0)
-        for one, other in zip(candidates, references, strict=True)
-    ]
-    precision, recall = np.array(pairs, dtype=float).reshape(-1, 2).T
-    total = precision + recall
-    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total != 0)
-    return {"precision": precision, "recall": recall, "f1": f1}
+    def __init__(self, encoder: Encoder, device: str = "cpu"):
+        from transformers import AutoModel, AutoTokenizer
+
+        model: Any = AutoModel.from_pretrained(encoder.source, dtype=torch.float32)
+        self.encoder, self.device, self.model = encoder, device, model.to(device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(encoder.source, **_spaced(model.config))
+        self.limit = _longest(model.config, self.tokenizer)
+        if len(self.tokenizer("")["input_ids"]) != 2:
+            raise UserError(f"{encoder.name} does not begin and end texts as BERT does. Choose another encoder.")
+
+    def score(self, candidates: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+        """`precision`, `recall` and `f1` of each pair, [pairs] in −1…1. A pair with an empty text has 0.
+
+        A text beyond the encoder's length is cut to it. Memory: the token vectors of all different texts, in float32.
+        """
+        vectors = self._encode(sorted({*candidates, *references}))
+        pairs = [
+            _match(vectors[one], vectors[other]) if one.strip() and other.strip() else (0.0, 0.0)
+            for one, other in zip(candidates, references, strict=True)
+        ]
+        precision, recall = np.array(pairs, dtype=float).reshape(-1, 2).T
+        total = precision + recall
+        f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total != 0)
+        return {"precision": precision, "recall": recall, "f1": f1}
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Unit vectors of each text's tokens, special ones included, [tokens, hidden] on the host."""
+        ids = [self.tokenizer(text.strip(), truncation=True, max_length=self.limit)["input_ids"] for text in texts]
+        order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
+        found: dict[str, torch.Tensor] = {}
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            batch = self.tokenizer.pad({"input_ids": [ids[index] for index in chosen]}, return_tensors="pt")
+            batch = batch.to(self.device)
+            hidden = self.model(**batch, output_hidden_states=True).hidden_states[self.encoder.layer]
+            hidden = torch.nn.functional.normalize(hidden, dim=-1).cpu()
+            for row, index in enumerate(chosen):
+                found[texts[index]] = hidden[row][batch["attention_mask"][row].bool().cpu()]
+        return found
 
 
 def _match(candidate: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
@@ -84,28 +109,6 @@ def _match(candidate: torch.Tensor, reference: torch.Tensor) -> tuple[float, flo
     precision = likeness.max(1).values[1:-1].mean()
     recall = likeness.max(0).values[1:-1].mean()
     return precision.item(), recall.item()
-
-
-@torch.inference_mode()
-def _encode(texts: list[str], encoder: Encoder, device: str) -> dict[str, torch.Tensor]:
-    """Unit vectors of each text's tokens, special ones included, [tokens, hidden] on the host."""
-    from transformers import AutoModel, AutoTokenizer
-
-    model: Any = AutoModel.from_pretrained(encoder.source, dtype=torch.float32).to(device).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(encoder.source, **_spaced(model.config))
-    limit = _longest(model.config, tokenizer)
-    ids = [tokenizer(text.strip(), truncation=True, max_length=limit)["input_ids"] for text in texts]
-    order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
-    found: dict[str, torch.Tensor] = {}
-    for first in range(0, len(order), BATCH):
-        chosen = order[first : first + BATCH]
-        batch = tokenizer.pad({"input_ids": [ids[index] for index in chosen]}, return_tensors="pt").to(device)
-        hidden = model(**batch, output_hidden_states=True).hidden_states[encoder.layer]
-        hidden = torch.nn.functional.normalize(hidden, dim=-1).cpu()
-        for row, index in enumerate(chosen):
-            mask = batch["attention_mask"][row].bool().cpu()
-            found[texts[index]] = hidden[row][mask]
-    return found
 
 
 def _longest(config: Any, tokenizer: Any) -> int:

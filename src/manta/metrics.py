@@ -112,14 +112,14 @@ def corpus(answers: Sequence[str], references: Sequence[str]) -> dict[str, dict[
     from sacrebleu.metrics import BLEU, CHRF
 
     found = {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", BLEU(effective_order=True)), ("chrf", CHRF())):  # or no answer of a word has a BLEU
         several = len(answers) > 1
         score: Any = metric.corpus_score(list(answers), [list(references)], n_bootstrap=RESAMPLES if several else 1)
         interval = None
         if several:
             # sacrebleu gives the half-width around the resamples' mean, which for few rows is not the score.
-            interval = [max(0.0, score._mean - score._ci), min(100.0, score._mean + score._ci)]
-        found[name] = {"value": score.score, "interval": interval, "signature": str(metric.get_signature())}
+            interval = [max(0.0, float(score._mean - score._ci)), min(100.0, float(score._mean + score._ci))]
+        found[name] = {"value": float(score.score), "interval": interval, "signature": str(metric.get_signature())}
     return found
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from manta import bertscore, metrics
+from manta import metrics
+from manta.bertscore import Scorer
 from manta.generation import Answer
 
 LOWER_IS_BETTER = frozenset(("loss", "perplexity"))
@@ -33,13 +34,12 @@ def of_rows(
     texts: Sequence[str],
     references: Sequence[str],
     rule: metrics.AnswerRule,
-    encoder: bertscore.Encoder | None,
-    device: str,
+    scorer: Scorer | None = None,
 ) -> dict[str, np.ndarray]:
     """Each metric's values, [rows]."""
     values = metrics.rows(texts, references, rule)
-    if encoder:
-        for name, each in bertscore.score(texts, references, encoder, device).items():
+    if scorer:
+        for name, each in scorer.score(texts, references).items():
             values[f"bertscore_{name}"] = each
     return values
 

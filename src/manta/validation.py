@@ -88,5 +88,5 @@ def figures(run: str, checkpoint: str, config_dict: dict[str, Any], prepared: st
     said = [tokenizer.decode(each.ids, skip_special_tokens=True) for each in given]
     references = [row["output"] for row in rows]
     rule = metrics.rule("auto", "auto", references)
-    found = scores.of_model(scores.of_rows(said, references, rule, None, setting.device), given, said, references)
+    found = scores.of_model(scores.of_rows(said, references, rule), given, said, references)
     return {name: round(value, 6) for name, value in found.items() if isinstance(value, float)}

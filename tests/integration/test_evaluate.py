@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,40 +27,38 @@ GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("evaluate")
+def lora(demo: Any, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Run:
+    """A copy of the demo's run, which has learned its task."""
+    return Run(Path(shutil.copytree(demo.folder / "demo/results/tune", tmp_path_factory.mktemp("evaluate") / "tune")))
 
 
-@pytest.fixture(scope="module")
-def lora(folder: Path, ray_cluster: None) -> Run:
-    return run_of(train(small_config(folder, run_name="lora", max_steps=30, eval_steps=10, save_steps=10)))
-
-
-@pytest.fixture(scope="module")
-def full(folder: Path, ray_cluster: None) -> Run:
-    settings: dict[str, Any] = {"full_ft": True, "max_steps": 30, "eval_steps": 10, "save_steps": 10}
-    return run_of(train(small_config(folder, run_name="full", **settings)))
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_base_and_checkpoints_on_the_runs_own_test_split(kind, request):
-    run: Run = request.getfixturevalue(kind)
-    report = evaluate(run, checkpoints=("best", "latest"), sampling=GREEDY, max_samples=5, batch_size=2)
-    assert list(report["models"]) == ["base", "tuned", "checkpoint_00000030"]
+def test_base_and_checkpoints_on_the_runs_own_test_split(lora):
+    report = evaluate(lora, checkpoints=("best", "latest"), sampling=GREEDY, max_samples=20, batch_size=8)
+    assert list(report["models"]) == ["base", "tuned", lora.latest().path.name]
     base, tuned = report["models"]["base"], report["models"]["tuned"]
-    assert tuned["loss"] < base["loss"] - 0.5
+    assert tuned["loss"] < base["loss"] / 4
     assert tuned["intervals"]["loss"][0] < tuned["loss"] < tuned["intervals"]["loss"][1]
-    rows = lines(run.path / "evaluation" / "predictions.jsonl")
-    held_out = lines(run.prepared() / "test.jsonl")
-    assert [row["row"] for row in rows] == [row["row"] for row in held_out][:5]
+    rows = lines(lora.path / "evaluation" / "predictions.jsonl")
+    held_out = lines(lora.prepared() / "test.jsonl")
+    assert [row["row"] for row in rows] == [row["row"] for row in held_out][:20]
     hits = sum(row["tuned"].strip() == row["output"].strip() for row in rows)
-    assert tuned["exact_match"] == hits / len(rows)
+    assert tuned["exact_match"] == hits / len(rows) > base["exact_match"] + 0.3
     rouge = sum(row["scores"]["tuned"]["rougeL"] for row in rows) / len(rows)
     assert tuned["rougeL"] == pytest.approx(rouge, abs=1e-4) and tuned["rougeL"] > base["rougeL"]
-    gain = report["gains"]["tuned"]["rougeL"]
-    assert gain["mean"] == pytest.approx(tuned["rougeL"] - base["rougeL"])
-    assert gain["interval"][0] <= gain["mean"] <= gain["interval"][1]
-    assert json.loads((run.path / "evaluation" / "metrics.json").read_text()) == report
+    gain = report["gains"]["tuned"]["exact_match"]
+    assert gain["mean"] == pytest.approx(tuned["exact_match"] - base["exact_match"])
+    assert 0 < gain["interval"][0] <= gain["mean"] <= gain["interval"][1]
+    assert json.loads((lora.path / "evaluation" / "metrics.json").read_text()) == report
+
+
+def test_a_run_that_trained_every_weight(tmp_path, ray_cluster):
+    run = run_of(train(small_config(tmp_path, full_ft=True, max_steps=30, eval_steps=10, save_steps=10)))
+    report = evaluate(run, sampling=GREEDY, max_samples=5, batch_size=2)
+    base, tuned = report["models"]["base"], report["models"]["tuned"]
+    assert tuned["loss"] < base["loss"] - 0.5
+    assert {row["row"] for row in lines(run.path / "evaluation" / "predictions.jsonl")} == {
+        row["row"] for row in lines(run.prepared() / "test.jsonl")[:5]
+    }
 
 
 def test_scores_do_not_depend_on_the_batch_size(lora):
@@ -79,7 +78,7 @@ def test_nothing_to_score_is_a_message(lora, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(UserError, match="input"):
         evaluate(lora, tmp_path / "other.jsonl")
-    with pytest.raises(UserError, match=r"one of the steps: .*30"):
+    with pytest.raises(UserError, match="one of the steps: "):
         evaluate(lora, checkpoints=("7",))
     with pytest.raises(UserError, match="no text encoder"):
         evaluate(lora, scoring=Scoring(bertscore_model=str(tmp_path)))
@@ -129,7 +128,7 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_are_there(lora, tmp_p
 @needs_browser
 def test_the_page_in_a_browser(lora, tmp_path):
     path = tmp_path / "rows.jsonl"
-    held_out = lines(lora.prepared() / "test.jsonl")
+    held_out = lines(lora.prepared() / "test.jsonl")[:30]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*held_out, {"input": "<b>&", "output": "</script>"}]))
     report = evaluate(lora, path, sampling=Sampling(max_tokens=40, temperature=0))
     right = round(report["models"]["tuned"]["exact_match"] * report["rows"])

