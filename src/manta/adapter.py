@@ -22,7 +22,9 @@ _REFUSED = ("layer_replication", "trainable_token_indices", "ensure_weight_tying
 class Update(Protocol):
     """Something added to a weight, in float32."""
 
-    by_rows: bool  # else only the whole tensor can be computed
+    @property
+    def by_rows(self) -> bool:
+        """Else only the whole tensor can be computed."""
 
     def added(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """`weight` are the rows from `first`, float32, and may be changed in place."""
@@ -129,7 +131,7 @@ def changes(model: Any, folder: Path) -> dict[str, Change]:
             layers = {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
             for layer in layers.values():
                 _give_storage(layer)
-            loaded = set_peft_model_state_dict(adapted, weights)
+            loaded: Any = set_peft_model_state_dict(adapted, weights)
         except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"The adapter {folder} does not fit the base: {error}") from error
     wrong = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
@@ -167,7 +169,9 @@ def _add(found: dict[str, Change], name: str, layer: Any) -> None:
     known = isinstance(layer, kinds.Linear | kinds.Embedding | kinds.ParamWrapper)
     if not known or (variant and "Dora" not in type(variant).__name__):
         what = type(variant or layer).__name__
-        raise UserError(f"{name} cannot be merged: PEFT's {what} is not known here. Keep the adapter apart: --no_merge.")
+        raise UserError(
+            f"{name} cannot be merged: PEFT's {what} is not known here. Keep the adapter apart: --no_merge."
+        )
     scale = layer.scaling[adapter]
     if isinstance(layer, kinds.Embedding):
         up, down = layer.lora_embedding_B[adapter].detach(), layer.lora_embedding_A[adapter].detach()

@@ -15,8 +15,10 @@ import click
 from pydantic.fields import FieldInfo
 
 from manta import __version__
+from manta.cli_convert import convert
 from manta.config import Config, HFDatasetConfig, merged, read_recipe
 from manta.errors import TrainingError, UserError
+from manta.options import BASE_MODEL, CHECKPOINTS_DIR, DEVICE, FULL_FT, RUN
 
 # First field of each section of `manta train --help`.
 SECTIONS = {
@@ -214,38 +216,7 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-RUN = click.option(
-    "--run", metavar="FOLDER", help="The run; default: the only one of --base_model in --checkpoints_dir"
-)
-BASE_MODEL = click.option("--base_model", metavar="TEXT", help="The model that was tuned, as it was given to train")
-CHECKPOINTS_DIR = click.option("--checkpoints_dir", default="results", help="Folder of all runs  ['results']")
-FULL_FT = click.option(
-    "--full_ft", type=bool, is_flag=False, flag_value=True, help="Look at full fine-tuning runs only"
-)
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute")
-
-
-@main.command()
-@RUN
-@BASE_MODEL
-@CHECKPOINTS_DIR
-@FULL_FT
-@click.option("--output_dir", metavar="FOLDER", help="Where to write; default: export (or adapter) in the run's folder")
-@click.option("--no_merge", type=bool, is_flag=False, flag_value=True, default=False, help="Keep a LoRA adapter apart")
-def convert(
-    run: str | None,
-    base_model: str | None,
-    checkpoints_dir: str,
-    full_ft: bool | None,
-    output_dir: str | None,
-    no_merge: bool,
-) -> None:
-    """Write a run's best checkpoint as a Hugging Face model folder."""
-    from manta import runs, storage
-    from manta.convert import convert as convert_run
-
-    found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-    click.echo(convert_run(found, storage.place(output_dir) if output_dir else None, merge=not no_merge))
+main.add_command(convert)
 
 
 @main.command()

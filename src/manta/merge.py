@@ -94,7 +94,9 @@ def write_full(
     _copy_settings(base, output)
 
 
-def _plan(parameter: str, change: Change, where: Names, stored: dict[str, Stored], product: Parts) -> dict[str, Planned]:
+def _plan(
+    parameter: str, change: Change, where: Names, stored: dict[str, Stored], product: Parts
+) -> dict[str, Planned]:
     """The tensors of the files that `change` changes."""
     if name := where.whole.get(parameter):
         return {name: _merged(stored[name], change)}
@@ -162,7 +164,9 @@ def _check_plain(base: Path) -> None:
 
 def _check_shape(stored: Stored, shape: tuple[int, ...]) -> None:
     if tuple(shape) != stored.shape:
-        raise UserError(f"{stored.name} is {list(stored.shape)} in files and {list(shape)} where it is to fit. {_APART}")
+        raise UserError(
+            f"{stored.name} is {list(stored.shape)} in files and {list(shape)} where it is to fit. {_APART}"
+        )
 
 
 def _copy_settings(base: Path, output: Path, tie: bool = True) -> None:

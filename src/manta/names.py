@@ -39,7 +39,7 @@ class Names:
     def divide_as_stored(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The same by the names of `parts`. Raises UserError if the files cannot be what that division gives."""
         prefix = self.model.base_model_prefix
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for name, part in self.divide(parameter, tensor).items():
             named = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
             stored |= {each: part for each in named if each in self.parts[parameter]}
@@ -73,7 +73,7 @@ def find(model: Any, stored: Iterable[str]) -> Names:
     parameters = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+    renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
     prefix = model.base_model_prefix
     whole: dict[str, str] = {}
     parts: dict[str, list[str]] = {}

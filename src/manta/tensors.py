@@ -127,7 +127,7 @@ def of_rows(
     def content() -> Iterator[Bytes]:
         for first in range(0, count, step):
             made = rows(first, min(first + step, count)).to(DTYPES[dtype]).contiguous()
-            yield memoryview(made.reshape(-1).view(torch.uint8).numpy())
+            yield memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     return Planned(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize, content)
 
