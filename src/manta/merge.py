@@ -45,7 +45,9 @@ def merge_adapter(
 
     @lru_cache(maxsize=2)  # experts.0.down, experts.0.gate, …: two parameters take turns in a file
     def product(parameter: str) -> dict[str, torch.Tensor]:
-        return where.divide_as_stored(parameter, changed[parameter].applied(torch.zeros(where.shape(parameter))))
+        change = changed[parameter]
+        begin = torch.zeros(where.shape(parameter)) if change.value is None else change.value.float()
+        return where.divide_as_stored(parameter, change.applied(begin))
 
     planned = {name: tensors.as_is(each) for name, each in stored.items()}
     for parameter, change in changed.items():
@@ -102,11 +104,13 @@ def _plan(
         return {name: _merged(stored[name], change)}
     if parameter not in where.parts:
         raise UserError(f"The adapter changes {parameter}, which the base's files do not hold. {_APART}")
-    if change.value is not None or not change.only_adds:
-        raise UserError(f"The adapter replaces or scales {parameter}, which the base's files hold in parts. {_APART}")
+    if not change.only_adds:
+        raise UserError(f"The adapter scales {parameter}, which the base's files hold in parts. {_APART}")
     parts = where.divide_as_stored(parameter, where.parameters[parameter])
     for name, part in parts.items():
         _check_shape(stored[name], part.shape)
+    if change.value is not None:
+        return {name: _part(stored[name].dtype, part, name, parameter, product) for name, part in parts.items()}
     return {name: _plus_part(stored[name], parameter, product) for name in parts}
 
 
