@@ -41,7 +41,7 @@ def push(folder: Path, repo: str, private: bool) -> str:
 
     hub = HfApi()
     with _as_user_errors(f"{folder} is complete, but could not be pushed to {repo}"):
-        url = hub.create_repo(repo, private=private, exist_ok=True)
+        url = hub.create_repo(repo, private=private or None, exist_ok=True)
         if private and not hub.model_info(repo).private:
             raise UserError(
                 f"{repo} is public and --private was asked for. Nothing was uploaded; {folder} is complete."
