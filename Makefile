@@ -39,6 +39,7 @@ soak: install  ## half an hour of training under faults
 bench: install  ## measured ratios, written under benchmarks/results
 	$(BIN)/python benchmarks/labels.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) demo results prepared build dist

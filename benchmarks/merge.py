@@ -235,8 +235,8 @@ def _write(report: dict[str, Any]) -> None:
         + f"\nPEFT over Manta, medians: {ratio['seconds']:.2f} in time ({ratio['work_seconds']:.2f} after imports), "
         f"{ratio['peak_bytes']:.2f} in peak memory ({ratio['peak_anonymous_bytes']:.2f} anonymous). Tensors "
         f"that are not the float32 sum cast once: {wrong}. PEFT and Manta are measured without verification, hashes "
-        "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file pages "
-        "that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
+        "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file "
+        "pages that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
         "Command: `python benchmarks/merge.py`.\n"
     )
     name.with_suffix(".md").write_text(text, encoding="utf-8")
