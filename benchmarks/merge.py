@@ -1,6 +1,6 @@
 """Merging a LoRA adapter: Manta's stream against PEFT's `merge_and_unload` and `save_pretrained`.
 
-    python benchmarks/merge.py
+    python benchmarks/merge.py [--folder /dev/shm]
 
 A model of 0.7 billion random parameters in bfloat16 and several files, and an adapter of rank 16 on all its linear
 layers, are made on the spot. Each arm is a process of its own, in the order PEFT, Manta, Manta, PEFT; seconds are those
@@ -8,11 +8,13 @@ of the whole process and, apart, those after its imports. Without verification, 
 `manta convert` takes with them is given besides. Peak memory is VmHWM, which counts file pages that are mapped and
 resident; the peak of anonymous memory alone (RssAnon), looked at every 5 ms, is given too. Every tensor of both
 outputs is compared with W + (B @ A) * scale in float32, cast once. The same for Manta at twice the size, to see that
-memory does not follow the number of files. Results go to benchmarks/results/<date>-merge.{json,md}.
+memory does not follow the number of files; its adapter has half the rank, hence the same size. `--folder` in memory
+keeps the disk, which both arms write alike, out of the times. Results go to benchmarks/results/<date>-merge.{json,md}.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -32,8 +34,9 @@ RESULTS = Path(__file__).parent / "results"
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 QUIET |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 SHARDS = "300MB"
-RANK, ALPHA = 16, 32
 LAYERS = {"0.7B": 18, "1.4B": 38}
+RANKS = {"0.7B": 16, "1.4B": 8}
+SCALE = 2
 
 
 def write_model(folder: Path, layers: int) -> None:
@@ -65,7 +68,7 @@ def write_model(folder: Path, layers: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<0>", pad_token="<0>").save_pretrained(str(folder))
 
 
-def write_adapter(base: Path, folder: Path) -> None:
+def write_adapter(base: Path, folder: Path, rank: int) -> None:
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -78,11 +81,15 @@ def write_adapter(base: Path, folder: Path) -> None:
     for name in targets:
         out, width = shapes[name]
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        weights[f"{module}.lora_A.weight"] = torch.randn(RANK, width) * 0.02
-        weights[f"{module}.lora_B.weight"] = torch.randn(out, RANK) * 0.02
+        weights[f"{module}.lora_A.weight"] = torch.randn(rank, width) * 0.02
+        weights[f"{module}.lora_B.weight"] = torch.randn(out, rank) * 0.02
     modules = sorted({name.split(".")[-2] for name in targets})
     LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=modules, base_model_name_or_path=str(base)
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank * SCALE,
+        target_modules=modules,
+        base_model_name_or_path=str(base),
     ).save_pretrained(folder)
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
 
@@ -134,7 +141,6 @@ def run(arm: str, folder: Path, keep: str | None = None) -> dict[str, float]:
     """One process: its seconds, those after its imports, and its peaks in bytes."""
     output = folder / "out"
     shutil.rmtree(output, ignore_errors=True)
-    os.sync()  # what an earlier arm wrote is not this one's to wait for
     start = time.perf_counter()
     command = [sys.executable, __file__, "--arm", arm, str(folder / "base"), str(folder / "adapter"), str(output)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=QUIET)
@@ -175,36 +181,43 @@ def unequal(folder: Path, output: str) -> list[str]:
         weight = each.rows(0, each.shape[0])
         module = f"base_model.model.{name.removesuffix('.weight')}"
         if (down := adapter.get(f"{module}.lora_A.weight")) is not None:
-            product = (adapter[f"{module}.lora_B.weight"] @ down) * (ALPHA / RANK)
+            product = (adapter[f"{module}.lora_B.weight"] @ down) * SCALE
             weight = (weight.float() + product).to(torch.bfloat16)
         if not torch.equal(made[name].rows(0, each.shape[0]), weight):
             wrong.append(name)
     return wrong
 
 
+def make(folder: Path, size: str) -> dict[str, int]:
+    (folder / "base").mkdir(parents=True)
+    write_model(folder / "base", LAYERS[size])
+    write_adapter(folder / "base", folder / "adapter", RANKS[size])
+    files = list((folder / "base").glob("*.safetensors"))
+    return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="where models are written; default: the folder for temporary files")
+    options = parser.parse_args()
     report: dict[str, Any] = {"date": datetime.date.today().isoformat(), "runs": {}, "unequal": {}}
-    with TemporaryDirectory() as name:
-        folders = {size: Path(name) / size for size in LAYERS}
-        for size, folder in folders.items():
-            (folder / "base").mkdir(parents=True)
-            write_model(folder / "base", LAYERS[size])
-            write_adapter(folder / "base", folder / "adapter")
-            report[size] = {
-                "files": len(list((folder / "base").glob("*.safetensors"))),
-                "bytes": sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")),
-            }
-        runs: dict[str, list[dict[str, float]]] = report["runs"]
-        small, large = folders.values()
+    runs: dict[str, list[dict[str, float]]] = report["runs"]
+    with TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        report["0.7B"] = make(folder, "0.7B")
         for arm in ("PEFT", "Manta", "Manta", "PEFT"):
-            runs.setdefault(arm, []).append(run(arm, small, keep=f"out-{arm}"))
-        report["unequal"] = {arm: unequal(small, f"out-{arm}") for arm in ("Manta", "PEFT")}
-        runs["Manta, 1.4B"] = [run("Manta", large, keep="out-Manta")]
-        report["unequal"]["Manta, 1.4B"] = unequal(large, "out-Manta")
+            runs.setdefault(arm, []).append(run(arm, folder, keep=f"out-{arm}"))
+        report["unequal"] = {arm: unequal(folder, f"out-{arm}") for arm in ("Manta", "PEFT")}
         for arm in ("manta convert --verify false", "manta convert"):
-            runs[arm] = [run(arm, small)]
+            runs[arm] = [run(arm, folder)]
+    with TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        report["1.4B"] = make(folder, "1.4B")
+        runs["Manta, 1.4B"] = [run("Manta", folder)]
+        report["unequal"]["Manta, 1.4B"] = unequal(folder, "out")
     ours, theirs = (_medians(runs[arm]) for arm in ("Manta", "PEFT"))
     report["ratio"] = {key: theirs[key] / ours[key] for key in ours}
+    report["folder"] = options.folder
     report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     report["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     _write(report)
@@ -228,8 +241,8 @@ def _write(report: dict[str, Any]) -> None:
     text = (
         f"# Merge of a LoRA adapter into 0.7 billion parameters, {report['date']}\n\n"
         f"bfloat16, {report['0.7B']['files']} files of {report['0.7B']['bytes'] / 1e9:.2f} GB in all (1.4B: "
-        f"{report['1.4B']['files']}, {report['1.4B']['bytes'] / 1e9:.2f} GB); rank {RANK} on all linear layers; "
-        f"{report['machine']}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
+        f"{report['1.4B']['files']}, {report['1.4B']['bytes'] / 1e9:.2f} GB); "
+        f"rank {RANKS['0.7B']} ({RANKS['1.4B']}) on all linear layers; {report['machine']}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
         "| | s, whole process | s, after imports | peak MiB (VmHWM) | peak MiB, anonymous |\n|---|---|---|---|---|\n"
         + "".join(rows)
         + f"\nPEFT over Manta, medians: {ratio['seconds']:.2f} in time ({ratio['work_seconds']:.2f} after imports), "
@@ -237,7 +250,7 @@ def _write(report: dict[str, Any]) -> None:
         f"that are not the float32 sum cast once: {wrong}. PEFT and Manta are measured without verification, hashes "
         "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file "
         "pages that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
-        "Command: `python benchmarks/merge.py`.\n"
+        "Command: `python benchmarks/merge.py{f' --folder {where}' if (where := report['folder']) else ''}`.\n"
     )
     name.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from manta import manifest
@@ -27,7 +28,6 @@ _SHARDED = "shard-*-model-*-of-*.safetensors"  # torch's distributed checkpoint:
 _CHUNK = 4 << 20  # bytes
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Bytes = bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Planned:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    content: Callable[[], Iterator[Bytes]]
+    content: Callable[[], Iterator[memoryview]]
 
 
 def read(folder: Path) -> dict[str, Stored]:
@@ -106,7 +106,7 @@ def _files(folder: Path) -> list[Path]:
 def as_is(stored: Stored) -> Planned:
     """The tensor with the bytes that it has."""
 
-    def content() -> Iterator[Bytes]:
+    def content() -> Iterator[memoryview]:
         (piece,) = stored.pieces
         for done in range(0, piece.nbytes, _CHUNK):
             yield _bytes(piece.file, piece.start + done, min(_CHUNK, piece.nbytes - done))
@@ -124,7 +124,7 @@ def of_rows(
     width = math.prod(shape[1:])
     step = at_once or max(64, _CHUNK // 4 // max(width, 1) // 64 * 64)  # in 64s: matrix kernels take whole blocks
 
-    def content() -> Iterator[Bytes]:
+    def content() -> Iterator[memoryview]:
         for first in range(0, count, step):
             made = rows(first, min(first + step, count)).to(DTYPES[dtype]).contiguous()
             yield memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -223,9 +223,9 @@ def _tensor(piece: Piece, dtype: str, low: int, high: int, shape: tuple[int, ...
     return flat.reshape((high - low, *shape) if piece.shape else ())
 
 
-def _bytes(file: Path, start: int, count: int) -> bytearray:
-    content = bytearray(count)
-    view = memoryview(content)
+def _bytes(file: Path, start: int, count: int) -> memoryview:
+    content = memoryview(np.empty(count, np.uint8))  # type: ignore[arg-type]
+    view = content
     descriptor = os.open(file, os.O_RDONLY)
     try:
         while view:

@@ -64,7 +64,9 @@ def in_folder(folder: str | Path, base: str | None = None, checkpoint: str = "be
     for place in _PLACES:
         found = found or sorted(path for path in (top.glob(place) if place else [top]) if _has_weights(path))
     if not found:
-        raise UserError(f"{folder} is neither a run nor holds a checkpoint: no adapter, no model.safetensors.")
+        raise UserError(
+            f"{folder} is not a run, and holds no checkpoint: no adapter, no model.safetensors. Check --run."
+        )
     if len(found) > 1 and checkpoint != "latest":
         listed = "\n".join(f"  --checkpoint_dir {path}" for path in found)
         raise UserError(f"{folder} holds {len(found)} checkpoints; say which, or --checkpoint latest:\n{listed}")

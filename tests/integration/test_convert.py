@@ -169,7 +169,7 @@ def test_which_of_the_guides_checkpoints_is_meant_is_not_guessed(lora, tmp_path)
     done = CliRunner().invoke(main, [*arguments, "--checkpoint", "latest", "--output_dir", str(tmp_path / "out")])
     assert done.exit_code == 0 and manifest.read(tmp_path / "out")["checkpoint"] == "checkpoint_000002"
     done = CliRunner().invoke(main, ["convert", "--checkpoint_dir", str(tmp_path / "run" / "nothing")])
-    assert done.exit_code == 2 and "neither a run nor" in done.output
+    assert done.exit_code == 2 and "holds no checkpoint" in done.output
 
 
 def test_a_model_is_pushed_without_the_token_leaving_a_trace(lora, tmp_path):
