@@ -242,7 +242,8 @@ def _write(report: dict[str, Any]) -> None:
         f"# Merge of a LoRA adapter into 0.7 billion parameters, {report['date']}\n\n"
         f"bfloat16, {report['0.7B']['files']} files of {report['0.7B']['bytes'] / 1e9:.2f} GB in all (1.4B: "
         f"{report['1.4B']['files']}, {report['1.4B']['bytes'] / 1e9:.2f} GB); "
-        f"rank {RANKS['0.7B']} ({RANKS['1.4B']}) on all linear layers; {report['machine']}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
+        f"rank {RANKS['0.7B']} ({RANKS['1.4B']}) on all linear layers; "
+        f"{report['machine']}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
         "| | s, whole process | s, after imports | peak MiB (VmHWM) | peak MiB, anonymous |\n|---|---|---|---|---|\n"
         + "".join(rows)
         + f"\nPEFT over Manta, medians: {ratio['seconds']:.2f} in time ({ratio['work_seconds']:.2f} after imports), "

@@ -114,11 +114,10 @@ def changes(model: Any, folder: Path) -> dict[str, Change]:
     """By parameter of the skeleton `model`, which gets PEFT's layers. Raises UserError for what cannot be merged."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
-    from safetensors.torch import load_file
 
     _check(folder)
     names = set(model.state_dict())
-    weights = load_file(folder / WEIGHTS_FILE)
+    weights = _weights(folder)
     found: dict[str, Change] = {}
     for key, tensor in weights.items():
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
@@ -152,6 +151,16 @@ def _check(folder: Path) -> None:
         reasons.append(f"init_lora_weights {init}, which changed the base")
     if reasons:
         raise UserError(f"{folder} cannot be merged: it uses {', '.join(reasons)}. Keep it apart: --no_merge.")
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} is damaged or missing ({error}). Train or copy it again.") from error
 
 
 def _give_storage(layer: Any) -> None:
