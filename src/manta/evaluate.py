@@ -24,7 +24,7 @@ from manta.evaluation_page import page, shown
 from manta.generation import Answer, Sampling, Setting, Weights, vllm_python
 from manta.model import WEIGHTS
 from manta.progress import say
-from manta.runs import Checkpoint, Run, step_of
+from manta.runs import Run
 from manta.scores import Scoring
 
 # Shown in the terminal, in this order; the page and metrics.json have all.
@@ -139,7 +139,7 @@ def _models(run: Run, config: Config, wanted: Sequence[str]) -> list[Model]:
     base = Model("base", Weights(config.hf_model_id), f"base of {config.hf_model_id}")
     found = [base]
     for which in dict.fromkeys(wanted):
-        checkpoint = usable_checkpoint(run) if which == "best" else _checkpoint(run, which)
+        checkpoint = usable_checkpoint(run, which)
         name = "tuned" if which == "best" else checkpoint.path.name
         weights = str(run.path / checkpoint.path.name / WEIGHTS)
         about = manifest.read(checkpoint.path) or {}
@@ -148,18 +148,6 @@ def _models(run: Run, config: Config, wanted: Sequence[str]) -> list[Model]:
             Model(name, Weights(weights) if config.full_ft else Weights(config.hf_model_id, weights), identity)
         )
     return found
-
-
-def _checkpoint(run: Run, which: str) -> Checkpoint:
-    """The checkpoint `latest`, or of a step. Raises UserError if there is none, or its files are not as written."""
-    known = run.checkpoints()
-    chosen = [each for each in known if which == "latest" or (which.isdigit() and step_of(each.path) == int(which))]
-    if not chosen:
-        steps = ", ".join(str(each.step) for each in known) or "none"
-        raise UserError(f"{run.path} has no checkpoint {which!r}. Say best, latest, or one of the steps: {steps}.")
-    if problem := storage.problem(chosen[-1].path):
-        raise UserError(f"{chosen[-1].path} is not as it was written: {problem}. Choose another checkpoint.")
-    return chosen[-1]
 
 
 def _engine(

@@ -78,7 +78,7 @@ def test_nothing_to_score_is_a_message(lora, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(UserError, match="input"):
         evaluate(lora, tmp_path / "other.jsonl")
-    with pytest.raises(UserError, match="one of the steps: "):
+    with pytest.raises(UserError, match="no checkpoint 7"):
         evaluate(lora, checkpoints=("7",))
     with pytest.raises(UserError, match="no text encoder"):
         evaluate(lora, scoring=Scoring(bertscore_model=str(tmp_path)))
