@@ -1,0 +1,183 @@
+"""The transformers engine: requests join and leave one running batch between two tokens (iteration-level scheduling).
+
+One thread computes. Requests reach it through a list under a lock, tokens leave it through the event loop of whoever
+asked. See Yu et al., "Orca" (OSDI 2022).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from manta.serving.batch import BASE, Batch
+from manta.serving.generation import Delta, EngineError, Request
+from manta.serving.sampling import Answer, draw
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one batch: rows, tokens of all rows as long as they may get, and prompt tokens that join between two steps."""
+
+    rows: int = 32
+    tokens: int = 65_536
+    joining_tokens: int = 4096
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way: who waits for it, and what it has so far."""
+
+    request: Request
+    adapter: str
+    answer: Answer
+    chances: random.Random
+    loop: asyncio.AbstractEventLoop
+    outbox: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
+    last: int = -1
+    left: bool = False  # nobody waits for it any more
+
+    @property
+    def longest(self) -> int:
+        return len(self.request.prompt) + self.request.sampling.max_tokens
+
+    def tell(self, what: Delta | EngineError) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.outbox.put_nowait, what)
+        except RuntimeError:  # the loop is closed: whoever waited is gone
+            self.left = True
+
+
+class TransformersEngine:
+    """An `Engine` over a model of transformers. `adapters` maps the names of models to PEFT's; others are the base."""
+
+    def __init__(self, model: Any, tokenizer: Any, adapters: Mapping[str, str], limits: Limits | None = None) -> None:
+        self._batch = Batch(model)
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._adapters = adapters
+        self._limits = limits or Limits()
+        self._rows: list[Row] = []  # as in the batch
+        self._waiting: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._totals = {"steps": 0.0, "step_rows": 0.0, "joined": 0.0}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """The answer, in pieces of as many tokens as came since the last one."""
+        row = Row(
+            request,
+            self._adapters.get(request.model, BASE),
+            Answer(self._tokenizer, request),
+            random.Random(request.sampling.seed),
+            asyncio.get_running_loop(),
+        )
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._waiting.append(row)
+            self._changed.notify()
+        try:
+            finish = None
+            while finish is None:
+                pieces = [await row.outbox.get()]
+                while not row.outbox.empty():
+                    pieces.append(row.outbox.get_nowait())
+                told = Delta()
+                for piece in pieces:
+                    if isinstance(piece, EngineError):
+                        raise piece
+                    told += piece
+                finish = told.finish
+                yield told
+        finally:
+            row.left = True
+
+    async def stats(self) -> dict[str, float]:
+        with self._changed:
+            return {"running": len(self._rows), "waiting": len(self._waiting), **self._totals}
+
+    def check(self) -> None:
+        """Raises EngineError if nothing computes any more."""
+        if not self._thread.is_alive():
+            raise EngineError("the engine's thread has ended")
+
+    def close(self) -> None:
+        """End the thread; requests under way fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._rows or self._waiting or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    for row in (*self._rows, *self._waiting):
+                        row.tell(EngineError("the engine is closed"))
+                    return
+                self._waiting = deque(row for row in self._waiting if not row.left)
+                stay = [at for at, row in enumerate(self._rows) if not (row.left or row.answer.finish)]
+                leaving, self._rows = len(self._rows) - len(stay), [self._rows[at] for at in stay]
+                joining = self._admitted()
+            try:
+                if leaving:
+                    self._batch.keep(stay)
+                if self._rows:
+                    self._take(self._rows, self._batch.step([row.last for row in self._rows]))
+                    self._count(steps=1, step_rows=len(self._rows))
+                if joining:
+                    prompts = [row.request.prompt for row in joining]
+                    self._take(joining, self._batch.join(prompts, [row.adapter for row in joining]))
+                    self._count(joined=len(joining))
+                    with self._changed:
+                        self._rows += joining
+            except Exception as error:  # out of memory, say: those in the batch fail, the engine does not
+                logger.exception("a step failed")
+                self._fail([*self._rows, *joining], f"{type(error).__name__}: {error}")
+
+    def _admitted(self) -> list[Row]:
+        """Who joins now, in the order of arrival: as many as the limits let in; alone, everybody may."""
+        joining: list[Row] = []
+        while self._waiting:
+            row = self._waiting[0]
+            rows = [*self._rows, *joining, row]
+            prompts = [len(each.request.prompt) for each in (*joining, row)]
+            fits = (
+                len(rows) <= self._limits.rows
+                and len(rows) * max(each.longest for each in rows) <= self._limits.tokens
+                and (not joining or len(prompts) * max(prompts) <= self._limits.joining_tokens)
+            )
+            if not fits and len(rows) > 1:
+                break
+            joining.append(self._waiting.popleft())
+        return joining
+
+    @staticmethod
+    def _take(rows: list[Row], logits: Any) -> None:
+        """Draw each row's next token and tell whoever waits for it."""
+        chances = [row.chances.random() for row in rows]
+        for row, token in zip(rows, draw(logits, [row.request.sampling for row in rows], chances), strict=True):
+            row.last = token
+            row.tell(row.answer.add(token))
+
+    def _fail(self, rows: list[Row], why: str) -> None:
+        with self._changed:
+            self._rows = []
+        self._batch.clear()
+        for row in rows:
+            row.tell(EngineError(why))
+
+    def _count(self, **more: float) -> None:
+        for name, value in more.items():
+            self._totals[name] += value
