@@ -14,7 +14,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from manta import __version__
+from manta import __version__, cli_serve
 from manta.config import Config, HFDatasetConfig, merged, read_recipe
 from manta.errors import TrainingError, UserError
 
@@ -30,7 +30,6 @@ SECTIONS = {
     "results_dir": "Output",
 }
 
-
 # What libraries say by themselves; one display of ours stands for all. Set a variable yourself to hear them again.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -38,7 +37,6 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
 
 # Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
 ASKED_TO_STOP = 75
@@ -212,6 +210,8 @@ for _verb, _function, _options in (
 ):
     _parameters = [*_options, *config_options()]
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
+main.add_command(cli_serve.serve)
+main.add_command(cli_serve.chat)
 
 
 RUN = click.option(

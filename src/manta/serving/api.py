@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import time
@@ -21,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 from manta.serving.generation import Delta, Request
 from manta.serving.protocol import ApiError, Asked, AskedChat, AskedText, parse, usage
-from manta.serving.service import Service
+from manta.serving.service import Service, digest
 
 PAGE = Path(__file__).with_name("chat.html")
 _PAGE_HEADERS = {
@@ -49,8 +48,7 @@ def build(service: Service) -> FastAPI:
         if settings.key_sha256 is None:
             return
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode()).hexdigest()
-        if not hmac.compare_digest(digest, settings.key_sha256) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(digest(given.strip()), settings.key_sha256) or scheme.lower() != "bearer":
             raise ApiError(401, "Incorrect API key. Send it as 'Authorization: Bearer KEY'.", "invalid_api_key")
 
     open_to_all = APIRouter(dependencies=[Depends(known_host)])

@@ -98,7 +98,7 @@ def _tuned(run: Run, config: Config, name: str) -> Model:
         example = _example(prepared / "test.jsonl")
     except (UserError, OSError):
         template = example = None
-    written = None if template else data.input_template or None
+    written = None if template or config.objective == "cpt" else data.input_template or None
     return Model(name, config.hf_model_id, None, template, written, example)
 
 

@@ -115,18 +115,11 @@ class EngineServer:
     """A replica with one copy of weights."""
 
     def __init__(self, weights: Weights, plan: Plan, on: str) -> None:
-        import torch
+        from manta.serving.loading import load_engine
+        from manta.serving.scheduler import Limits
 
-        from manta.data.tokenize import load_tokenizer
-        from manta.serving.batch import adapter_names, load
-        from manta.serving.scheduler import Limits, TransformersEngine
-
-        auto = torch.bfloat16 if on == "cuda" else torch.float32
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(plan.dtype, auto)
-        model = load(weights.source, weights.adapters, dtype, torch.device(on), weights.trust_remote_code)
-        tokenizer = load_tokenizer(weights.models[0].tokenizer, weights.trust_remote_code)
         limits = Limits(plan.max_batch, plan.max_batch_tokens)
-        self._engine = TransformersEngine(model, tokenizer, adapter_names(weights.adapters), limits)
+        self._engine = load_engine(weights, on, plan.dtype, limits)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         async for delta in self._engine.generate(request):

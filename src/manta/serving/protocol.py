@@ -7,7 +7,7 @@ unless it is neutral, so that no client believes that it was obeyed.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,9 @@ class ApiError(Exception):
         if self.status in (429, 503):
             return {"Retry-After": "1"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+
+Kind = TypeVar("Kind", bound="Asked")
 
 
 class StreamOptions(BaseModel):
@@ -114,7 +117,7 @@ class AskedText(Asked):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-def parse[Kind: Asked](kind: type[Kind], body: bytes) -> Kind:
+def parse(kind: type[Kind], body: bytes) -> Kind:
     """The request in `body`. Raises ApiError (400) that names the first field that is wrong or not supported."""
     try:
         asked = kind.model_validate(json.loads(body))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -31,6 +32,11 @@ class Settings:
     max_model_len: int | None = None
     max_concurrency: int = 128
     timeout_s: float = 600
+
+
+def digest(key: str) -> str:
+    """What `Settings` keeps of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Metrics:
