@@ -32,10 +32,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+LIVELY = {"tie_word_embeddings": False, "initializer_range": 0.1}
+
 
 def base(folder: Path, template: str | None = TEMPLATE, **shape: Any) -> Path:
-    """A random model in `folder`, with a chat template unless it is None."""
-    tiny_model(folder, **shape)
+    """A random model in `folder` whose answers are not one token again and again; a chat template unless it is None."""
+    tiny_model(folder, **{**LIVELY, **shape})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

@@ -120,8 +120,8 @@ def chat(
 ) -> None:
     """Talk to base and tuned in the terminal: one MESSAGE, or line by line, also from a pipe.
 
-    /base and /tuned switch, /both asks both, /model NAME chooses, /new forgets, /quit ends. To a model without a chat
-    template a line goes as it is, with \\n as a line's end.
+    /base and /tuned switch, /both asks both, /model NAME chooses, /new forgets, /quit ends. A model that was not
+    tuned on conversations gets a line as it is, with \\n as a line's end.
     """
     if bool(url) == bool(runs or models):
         raise UserError("Give either --url of a server, or --run and --model to be served right here.")

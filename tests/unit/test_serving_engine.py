@@ -17,7 +17,7 @@ from manta.serving.batch import BASE, Batch, adapter_names, load
 from manta.serving.generation import Delta, EngineError, Request, Sampling
 from manta.serving.sampling import Answer, draw
 from manta.serving.scheduler import Limits, TransformersEngine
-from tiny import tiny_model
+from served import base
 
 PROMPTS = ["Question: what is", "The sum of two numbers", "def add(a, b):\n", "Paris", "### Input:\n12 and 30\n### "]
 CPU = torch.device("cpu")
@@ -26,12 +26,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("engine")
-    tiny_model(where / "base")
+    base(where / "base")
     for seed, (name, targets) in enumerate({"red": ["q_proj", "v_proj"], "blue": "all-linear"}.items()):
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(where / "base")
+        plain = AutoModelForCausalLM.from_pretrained(where / "base")
         config = LoraConfig(r=4 * (seed + 1), target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(base, config).save_pretrained(where / name)
+        get_peft_model(plain, config).save_pretrained(where / name)
     return where
 
 

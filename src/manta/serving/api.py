@@ -66,7 +66,7 @@ def build(service: Service) -> FastAPI:
             await service.check()
         except Exception as error:
             raise ApiError(503, f"An engine does not answer: {type(error).__name__}.", "engine_failed") from error
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "needs_key": settings.key_sha256 is not None})
 
     @guarded.get("/metrics")
     async def metrics() -> Response:

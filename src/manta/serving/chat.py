@@ -32,7 +32,7 @@ class Talker:
         about = self.models[name]
         body: dict[str, Any] = {"model": name, "stream": True, **rule}
         past = self.said.setdefault(name, [{"role": "system", "content": system}] if system else [])
-        if about.get("chat", True):
+        if about.get("mode", "chat") == "chat":
             path, body["messages"] = "/v1/chat/completions", [*past, {"role": "user", "content": text}]
         else:
             path, body["prompt"] = "/v1/completions", text.replace("\\n", "\n")

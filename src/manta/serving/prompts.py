@@ -26,6 +26,11 @@ class Prompter:
         stops = stop_tokens(weights.source, self.tokenizer)
         self.stop_ids = frozenset(self.tokenizer.convert_tokens_to_ids(stops))
 
+    @property
+    def mode(self) -> str:
+        """How the model is used to be asked: in conversations ("chat"), or with texts of its own form ("text")."""
+        return "chat" if self.template and not self.model.prompt_template else "text"
+
     def chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """A conversation up to where the assistant speaks. Raises PromptError if the template has or takes no such."""
         if self.template is None:

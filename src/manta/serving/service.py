@@ -83,6 +83,7 @@ class Service:
                 "owned_by": "manta",
                 "manta": {
                     "chat": prompter.template is not None,
+                    "mode": prompter.mode,
                     "tuned": prompter.model.tuned,
                     "prompt_template": prompter.model.prompt_template,
                     "example": prompter.model.example,
