@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import httpx
 
 from manta.errors import UserError
-from manta.serving.catalog import Weights
+
+if TYPE_CHECKING:
+    from manta.serving.catalog import Weights
 
 
 @dataclass
