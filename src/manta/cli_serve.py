@@ -95,7 +95,7 @@ def serve(
 
 @click.command()
 @click.argument("message", required=False)
-@click.option("--url", metavar="URL", help="A server, such as http://127.0.0.1:8000; else --run or --model, served here")
+@click.option("--url", metavar="URL", help="A server, such as http://127.0.0.1:8000; or --run or --model")
 @RUNS
 @MODELS
 @click.option("--name", metavar="TEXT", help="Model to begin with; default: the tuned one")

@@ -71,7 +71,9 @@ def greedy(folder: Path) -> Any:
 def figure(server: Server, name: str) -> float:
     """The sum of a metric over its labels; `name` may hold some of them."""
     text = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
-    found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}}|) (\S+)$" if "{" not in name else rf"^{name} (\S+)$", text, re.M)
+    found = re.findall(
+        rf"^{re.escape(name)}(?:\{{.*\}}|) (\S+)$" if "{" not in name else rf"^{name} (\S+)$", text, re.M
+    )
     return sum(map(float, found))
 
 
@@ -97,7 +99,9 @@ def test_a_conversation_goes_through_the_chat_template(client, greedy):
     talk = [{"role": "system", "content": "Be short."}, *QUESTION, {"role": "assistant", "content": "Paris."}]
     talk.append({"role": "user", "content": [{"type": "text", "text": "And of "}, {"type": "text", "text": "Japan?"}]})
     done = client.chat.completions.create(model="red", messages=talk, max_tokens=10, temperature=0)
-    text = "system: Be short.\nuser: What is the capital of France?\nassistant: Paris.\nuser: And of Japan?\nassistant: "
+    text = (
+        "system: Be short.\nuser: What is the capital of France?\nassistant: Paris.\nuser: And of Japan?\nassistant: "
+    )
     assert done.choices[0].message.content == greedy("red", text, 10)
     assert done.choices[0].message.role == "assistant" and done.object == "chat.completion"
 
@@ -173,11 +177,15 @@ def test_a_key_is_asked_for_and_never_written(server, client):
 def test_other_origins_and_other_names_are_kept_out(server):
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"model": "base", "prompt": "x", "max_tokens": 1}
-    as_form = httpx.post(f"{server.url}/v1/completions", content=b"{}", headers={**headers, "Content-Type": "text/plain"})
+    as_form = httpx.post(
+        f"{server.url}/v1/completions", content=b"{}", headers={**headers, "Content-Type": "text/plain"}
+    )
     assert as_form.status_code == 415
     renamed = httpx.post(f"{server.url}/v1/completions", json=body, headers={**headers, "Host": "evil.example"})
     assert renamed.status_code == 403 and renamed.json()["error"]["code"] == "host_not_allowed"
-    broken = httpx.post(f"{server.url}/v1/completions", content=b"{", headers={**headers, "Content-Type": "application/json"})
+    broken = httpx.post(
+        f"{server.url}/v1/completions", content=b"{", headers={**headers, "Content-Type": "application/json"}
+    )
     assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_json"
     missing = httpx.get(f"{server.url}/v1/engines", headers=headers)
     assert missing.status_code == 404 and missing.json()["error"]["type"] == "invalid_request_error"
@@ -203,7 +211,7 @@ def test_64_clients_at_once_get_what_each_gets_alone(server, greedy):
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
         alone = client.completions.create(**seeded).choices[0].text
-    before = {name: figure(server, f"manta_engine{{figure=\"{name}\",.*}}") for name in ("steps", "step_rows")}
+    before = {name: figure(server, f'manta_engine{{figure="{name}",.*}}') for name in ("steps", "step_rows")}
     answers = asyncio.run(everybody())
     assert len(answers) == 64
     for number, ((name, prompt), text) in enumerate(zip(jobs, answers, strict=True)):
@@ -262,7 +270,9 @@ def chat(server: Server, *arguments: str, said: str = "", key: str = KEY) -> sub
 
 def test_chat_in_the_terminal(server, greedy):
     prompt = PROMPTS[0]
-    done = chat(server, "--max_tokens", "6", said=f"{prompt}\n/base\n{prompt}\n/model plain\n/both\n{prompt}\n/quit\nx\n")
+    done = chat(
+        server, "--max_tokens", "6", said=f"{prompt}\n/base\n{prompt}\n/model plain\n/both\n{prompt}\n/quit\nx\n"
+    )
     assert done.returncode == 0, done.stderr
     base_says, red_says = greedy("base", prompt, 6), greedy("red", prompt, 6)
     assert done.stdout == f"{red_says}\n{base_says}\nbase: {base_says}\nred: {red_says}\n"

@@ -64,7 +64,7 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], adapters: Sequence[str]) -> torch.Tensor:
-        """Compute prompts and put their rows after the others; returns logits of their next token, rows × vocabulary."""
+        """Compute prompts, put their rows after the others; returns logits of their next token, rows × vocabulary."""
         longest = max(map(len, prompts))
         ids = torch.zeros((len(prompts), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)

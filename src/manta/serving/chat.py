@@ -126,7 +126,7 @@ def typed(source: TextIO) -> Iterator[str]:
 def converse(
     talker: Talker, lines: Iterable[str], name: str | None = None, system: str | None = None, **rule: Any
 ) -> None:
-    """Answer each line; one that begins with / is a command. Raises UserError, unless somebody types: then it goes on."""
+    """Answer each line; one that begins with / is a command. Raises UserError, unless somebody types."""
     asking = [_known(talker, name or talker.first(tuned=True) or next(iter(talker.models)))]
     rule = {key: value for key, value in rule.items() if value is not None}
     if at_terminal := sys.stdin.isatty() and not isinstance(lines, list):

@@ -85,7 +85,9 @@ def chosen_engine(wanted: str) -> str:
     """vllm where it is installed, else transformers. Raises UserError if it is asked for and missing."""
     installed = importlib.util.find_spec("vllm") is not None
     if wanted == "vllm" and not installed:
-        raise UserError("--engine vllm, but vLLM is not installed. pip install 'ray[llm]', or use --engine transformers.")
+        raise UserError(
+            "--engine vllm, but vLLM is not installed. pip install 'ray[llm]', or use --engine transformers."
+        )
     return ("vllm" if installed else "transformers") if wanted == "auto" else wanted
 
 
@@ -93,8 +95,14 @@ def application(catalog: Sequence[Weights], plan: Plan, engine: str, on: str, re
     """The Ray Serve application: the API over one engine per copy of weights."""
     from ray import serve as ray_serve
 
-    at_once = plan.settings.max_concurrency + 64  # the API says "busy" itself; the rest is room for /health and the like
-    options = {"max_ongoing_requests": at_once, "graceful_shutdown_timeout_s": 5, "health_check_period_s": _OUR_HEALTH_S}
+    at_once = (
+        plan.settings.max_concurrency + 64
+    )  # the API says "busy" itself; the rest is room for /health and the like
+    options = {
+        "max_ongoing_requests": at_once,
+        "graceful_shutdown_timeout_s": 5,
+        "health_check_period_s": _OUR_HEALTH_S,
+    }
     engines = []
     for number, weights in enumerate(catalog):
         if engine == "vllm":
@@ -105,9 +113,7 @@ def application(catalog: Sequence[Weights], plan: Plan, engine: str, on: str, re
         actor = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
         made = ray_serve.deployment(EngineServer, name=f"engine-{number}", ray_actor_options=actor, **options)
         engines.append(made.bind(weights, plan, on))
-    api = ray_serve.deployment(
-        ray_serve.ingress()(ApiServer), name="api", ray_actor_options={"num_cpus": 0}, **options
-    )
+    api = ray_serve.deployment(ray_serve.ingress()(ApiServer), name="api", ray_actor_options={"num_cpus": 0}, **options)
     return api.bind(list(catalog), plan.settings, engine, *engines)
 
 
@@ -148,7 +154,7 @@ class ApiServer:
         }
         self._service = Service(catalog, engines, settings)
 
-    async def __serve_build_asgi_app__(self) -> Any:  # noqa: PLW3201
+    async def __serve_build_asgi_app__(self) -> Any:
         from manta.serving.api import build
 
         return build(self._service)

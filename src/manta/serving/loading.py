@@ -14,7 +14,7 @@ from manta.serving.scheduler import Limits, TransformersEngine
 def load_engine(
     weights: Weights, device: str = "auto", dtype: str = "auto", limits: Limits | None = None
 ) -> TransformersEngine:
-    """One copy of the weights with all adapters, computing; bfloat16 on CUDA and float32 elsewhere unless asked otherwise.
+    """One copy of the weights with all adapters; bfloat16 on CUDA and float32 elsewhere unless asked otherwise.
 
     Raises UserError for weights that cannot be loaded or served.
     """

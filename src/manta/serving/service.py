@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from manta.serving.catalog import Weights
 from manta.serving.generation import Delta, Engine, Request, Sampling
-from manta.serving.prompts import PromptError, Prompter
+from manta.serving.prompts import Prompter, PromptError
 from manta.serving.protocol import ApiError, Asked, AskedChat, AskedText
 
 _LONGEST = 8192  # where a model does not say how many positions it has
@@ -97,7 +97,9 @@ class Service:
         """Raises ApiError (404) for a model that is not served."""
         if model not in self._prompters:
             served = ", ".join(self._prompters)
-            raise ApiError(404, f"The model {model!r} is not served here. Served: {served}.", "model_not_found", "model")
+            raise ApiError(
+                404, f"The model {model!r} is not served here. Served: {served}.", "model_not_found", "model"
+            )
         return self._prompters[model]
 
     def requests(self, asked: AskedChat | AskedText) -> list[Request]:
@@ -110,7 +112,9 @@ class Service:
             else:
                 prompts = [prompter.text(p) if isinstance(p, str) else prompter.ids(p) for p in asked.prompts]
         except PromptError as error:
-            code = "no_chat_template" if prompter.template is None and isinstance(asked, AskedChat) else "invalid_prompt"
+            code = (
+                "no_chat_template" if prompter.template is None and isinstance(asked, AskedChat) else "invalid_prompt"
+            )
             raise ApiError(400, f"{str(error).removesuffix('.')}.", code, "prompt") from error
         return [
             Request(asked.model, prompt, _choice(sampling, number), prompter.stop_ids)
