@@ -146,8 +146,9 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
     text = (
         f"# What batching brings a server, {report['date']}\n\n{report['machine']}, which the clients share; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + f"; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, float32, base "
-        f"and one adapter by turns; {TOKENS} tokens an answer, streamed; arms interleaved {' '.join(report['order'])}.\n\n"
+        + f"; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, float32, "
+        f"base and one adapter by turns; {TOKENS} tokens an answer, streamed; arms interleaved "
+        f"{' '.join(report['order'])}.\n\n"
         "| batching, clients | requests | requests/s | tokens/s | whole answer, s: p50 / p90 / p99 | first token, s: "
         "p50 / p90 / p99 |\n|---|---|---|---|---|---|\n"
         + "".join(line(f"{arm}, {report['clients']}", arms[arm]) for arm in ARMS)
