@@ -210,3 +210,13 @@ def test_the_chat_template_of_conversations_wins_over_the_tokenizers(folder):
     tuned = Prompter(Model("t", str(folder / "base"), chat_template="{{ messages[0]['content'] }}"), weights(folder))
     text = tuned.tokenizer.decode(tuned.chat([{"role": "user", "content": "Paris"}], {}))
     assert text == "Paris"
+
+
+def test_chat_serves_a_run_in_its_own_process(folder, engine):
+    tuned = str(folder / "results" / "tuned")
+    arguments = ["chat", "--run", tuned, "--max_tokens", "6", "--temperature", "0"]
+    done = CliRunner().invoke(main, arguments, input="x\n/base\nx\n")
+    assert done.exit_code == 0, done.output
+    said = ask(service_of(folder, engine), "/v1/completions", {**TEXT, "max_tokens": 6, "temperature": 0})
+    answers = done.stdout.splitlines()
+    assert answers[-1] == said.json()["choices"][0]["text"] and answers[0] != answers[-1]

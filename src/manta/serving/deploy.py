@@ -55,7 +55,6 @@ def serve(catalog: Sequence[Weights], plan: Plan, ready: Callable[[str], None]) 
     """
     engine = chosen_engine(plan.engine)
     _check_port(plan)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     with cluster.connected(Config(device=plan.device, ray_address=plan.ray_address)):
         on = cluster.device(Config(device=plan.device))
         resources = _resources(len(catalog), on)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ class Prompter:
     def __init__(self, model: Model, weights: Weights) -> None:
         self.model = model
         self.tokenizer: Any = load_tokenizer(model.tokenizer, weights.trust_remote_code)
+        self._one_at_a_time = threading.Lock()  # a tokenizer keeps state while it encodes
         own = self.tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
         self.template = without_markers(model.chat_template or own) if model.chat_template or own else None
@@ -50,7 +52,8 @@ class Prompter:
 
     def text(self, text: str, special: bool = True) -> list[int]:
         """A text, with the special tokens that the tokenizer puts around one. Raises PromptError if it is empty."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        with self._one_at_a_time:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return self.ids(ids)
 
     def ids(self, ids: list[int]) -> list[int]:

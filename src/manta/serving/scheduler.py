@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one batch: rows, tokens of all rows as long as they may get, and prompt tokens that join between two steps."""
+    """Of one batch: rows, tokens of all rows as padded, and prompt tokens that join between two steps."""
 
     rows: int = 32
     tokens: int = 65_536
@@ -41,12 +41,11 @@ class Row:
     chances: random.Random
     loop: asyncio.AbstractEventLoop
     outbox: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
-    last: int = -1
+    ids: list[int] = field(default_factory=list)  # the prompt and the answer so far
     left: bool = False  # nobody waits for it any more
 
-    @property
-    def longest(self) -> int:
-        return len(self.request.prompt) + self.request.sampling.max_tokens
+    def __post_init__(self) -> None:
+        self.ids = list(self.request.prompt)
 
     def tell(self, what: Delta | EngineError) -> None:
         try:
@@ -127,18 +126,18 @@ class TransformersEngine:
                         row.tell(EngineError("the engine is closed"))
                     return
                 self._waiting = deque(row for row in self._waiting if not row.left)
-                stay = [at for at, row in enumerate(self._rows) if not (row.left or row.answer.finish)]
+                stay = self._staying()
                 leaving, self._rows = len(self._rows) - len(stay), [self._rows[at] for at in stay]
                 joining = self._admitted()
             try:
                 if leaving:
                     self._batch.keep(stay)
                 if self._rows:
-                    self._take(self._rows, self._batch.step([row.last for row in self._rows]))
+                    self._take(self._rows, self._batch.step([row.ids[-1] for row in self._rows]))
                     self._count(steps=1, step_rows=len(self._rows))
                 if joining:
-                    prompts = [row.request.prompt for row in joining]
-                    self._take(joining, self._batch.join(prompts, [row.adapter for row in joining]))
+                    adapters = [row.adapter for row in joining]
+                    self._take(joining, self._batch.join([row.ids for row in joining], adapters))
                     self._count(joined=len(joining))
                     with self._changed:
                         self._rows += joining
@@ -146,19 +145,26 @@ class TransformersEngine:
                 logger.exception("a step failed")
                 self._fail([*self._rows, *joining], f"{type(error).__name__}: {error}")
 
+    def _staying(self) -> list[int]:
+        """Which rows go on. The last to come wait again, with what they have, where all would get too long."""
+        stay = [at for at, row in enumerate(self._rows) if not (row.left or row.answer.finish)]
+        while len(stay) > 1 and not self._fits([self._rows[at] for at in stay]):
+            self._waiting.appendleft(self._rows[stay.pop()])
+        return stay
+
+    def _fits(self, rows: list[Row]) -> bool:
+        """Whether these rows may run together until each has another token."""
+        return len(rows) <= self._limits.rows and len(rows) * (1 + _longest(rows)) <= self._limits.tokens
+
     def _admitted(self) -> list[Row]:
         """Who joins now, in the order of arrival: as many as the limits let in; alone, everybody may."""
         joining: list[Row] = []
         while self._waiting:
-            row = self._waiting[0]
-            rows = [*self._rows, *joining, row]
-            prompts = [len(each.request.prompt) for each in (*joining, row)]
-            fits = (
-                len(rows) <= self._limits.rows
-                and len(rows) * max(each.longest for each in rows) <= self._limits.tokens
-                and (not joining or len(prompts) * max(prompts) <= self._limits.joining_tokens)
-            )
-            if not fits and len(rows) > 1:
+            more = [*joining, self._waiting[0]]
+            rows = [*self._rows, *more]
+            if len(rows) > 1 and not self._fits(rows):
+                break
+            if joining and len(more) * _longest(more) > self._limits.joining_tokens:
                 break
             joining.append(self._waiting.popleft())
         return joining
@@ -168,7 +174,7 @@ class TransformersEngine:
         """Draw each row's next token and tell whoever waits for it."""
         chances = [row.chances.random() for row in rows]
         for row, token in zip(rows, draw(logits, [row.request.sampling for row in rows], chances), strict=True):
-            row.last = token
+            row.ids.append(token)
             row.tell(row.answer.add(token))
 
     def _fail(self, rows: list[Row], why: str) -> None:
@@ -181,3 +187,7 @@ class TransformersEngine:
     def _count(self, **more: float) -> None:
         for name, value in more.items():
             self._totals[name] += value
+
+
+def _longest(rows: list[Row]) -> int:
+    return max(len(row.ids) for row in rows)

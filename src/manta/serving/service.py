@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from manta.serving.catalog import Weights
 from manta.serving.generation import Delta, Engine, Request, Sampling
 from manta.serving.prompts import Prompter, PromptError
-from manta.serving.protocol import ApiError, Asked, AskedChat, AskedText
+from manta.serving.protocol import MOST_CHOICES, ApiError, Asked, AskedChat, AskedText
 
 _LONGEST = 8192  # where a model does not say how many positions it has
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
@@ -116,6 +116,8 @@ class Service:
                 "no_chat_template" if prompter.template is None and isinstance(asked, AskedChat) else "invalid_prompt"
             )
             raise ApiError(400, f"{str(error).removesuffix('.')}.", code, "prompt") from error
+        if (count := len(prompts) * (asked.n or 1)) > MOST_CHOICES:
+            raise ApiError(400, f"{count} answers asked, over the {MOST_CHOICES} of one request.", "invalid_value", "n")
         return [
             Request(asked.model, prompt, _choice(sampling, number), prompter.stop_ids)
             for prompt in prompts
