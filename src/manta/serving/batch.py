@@ -54,7 +54,7 @@ class Batch:
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._running: list[str] = []  # the adapters of the rows in the forward pass under way
         self._adapters: list[str] = []
-        self._cache = DynamicCache()
+        self._cache: Any = DynamicCache()
         self._mask = torch.ones((0, 0), dtype=torch.long, device=model.device)
         if hasattr(model, "peft_config"):
             self._tell_adapters()
@@ -72,7 +72,7 @@ class Batch:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         mask = mask.to(self._mask.device)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         logits = self._forward(ids.to(mask.device), mask, cache, adapters)
         if self._adapters:
             width = max(longest, self._mask.shape[1])
@@ -133,7 +133,8 @@ class Batch:
         def tell(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": self._running}
 
-        for module in self._model.modules():
+        modules: list[Any] = list(self._model.modules())
+        for module in modules:
             if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
                 module.register_forward_pre_hook(tell, with_kwargs=True)
 

@@ -62,11 +62,11 @@ def catalog(given_runs: Sequence[str], folders: Sequence[str], with_base: bool =
         tuned = _tuned(run, config, name or run.name)
         if with_base and not any(model.adapter is None for model in base.models):
             base.models.insert(0, replace(tuned, name=_short(config.hf_model_id), tuned=False))
-        weights = usable_checkpoint(run).path / WEIGHTS
+        trained = str(usable_checkpoint(run).path / WEIGHTS)
         if config.full_ft:
-            found[str(weights)] = Weights(str(weights), [tuned], config.trust_remote_code)
+            found[trained] = Weights(trained, [tuned], config.trust_remote_code)
         else:
-            base.models.append(replace(tuned, adapter=str(weights)))
+            base.models.append(replace(tuned, adapter=trained))
     for name, path in map(_named, folders):
         weights = _folder(name, path)
         found.setdefault(weights.source, Weights(weights.source)).models.extend(weights.models)

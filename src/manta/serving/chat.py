@@ -149,7 +149,13 @@ def _command(talker: Talker, line: str, asking: list[str]) -> list[str]:
     """Which models are asked from now on; none to end."""
     verb, _, rest = line.partition(" ")
     base, tuned = talker.first(tuned=False), talker.first(tuned=True)
-    chosen = {"/base": [base], "/tuned": [tuned], "/both": [base, tuned], "/model": [rest.strip()], "/new": asking}
+    chosen: dict[str, list[Any]] = {
+        "/base": [base],
+        "/tuned": [tuned],
+        "/both": [base, tuned],
+        "/model": [rest.strip()],
+        "/new": asking,
+    }
     if verb == "/quit":
         return []
     if verb not in chosen:

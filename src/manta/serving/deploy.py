@@ -94,9 +94,8 @@ def application(catalog: Sequence[Weights], plan: Plan, engine: str, on: str, re
     """The Ray Serve application: the API over one engine per copy of weights."""
     from ray import serve as ray_serve
 
-    at_once = (
-        plan.settings.max_concurrency + 64
-    )  # the API says "busy" itself; the rest is room for /health and the like
+    deployed: Any = ray_serve.deployment
+    at_once = plan.settings.max_concurrency + 64  # the API itself says "busy"; the rest is for /health and the like
     options = {
         "max_ongoing_requests": at_once,
         "graceful_shutdown_timeout_s": 5,
@@ -110,9 +109,9 @@ def application(catalog: Sequence[Weights], plan: Plan, engine: str, on: str, re
             engines.append(deployment(weights, plan, number, at_once))
             continue
         actor = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
-        made = ray_serve.deployment(EngineServer, name=f"engine-{number}", ray_actor_options=actor, **options)
+        made = deployed(EngineServer, name=f"engine-{number}", ray_actor_options=actor, **options)
         engines.append(made.bind(weights, plan, on))
-    api = ray_serve.deployment(ray_serve.ingress()(ApiServer), name="api", ray_actor_options={"num_cpus": 0}, **options)
+    api = deployed(ray_serve.ingress()(ApiServer), name="api", ray_actor_options={"num_cpus": 0}, **options)
     return api.bind(list(catalog), plan.settings, engine, *engines)
 
 
@@ -212,11 +211,11 @@ def _check_port(plan: Plan) -> None:
 def _asked_to_stop() -> Iterator[threading.Event]:
     """Set by SIGTERM or Ctrl-C; a second one ends the process as before. After Ray's start, which sets its own."""
     asked = threading.Event()
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, ask)

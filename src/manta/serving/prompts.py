@@ -24,9 +24,11 @@ class Prompter:
         self._one_at_a_time = threading.Lock()  # a tokenizer keeps state while it encodes
         own = self.tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
-        self.template = without_markers(model.chat_template or own) if model.chat_template or own else None
+        template = model.chat_template or own
+        self.template = without_markers(template) if template else None
         stops = stop_tokens(weights.source, self.tokenizer)
-        self.stop_ids = frozenset(self.tokenizer.convert_tokens_to_ids(stops))
+        ids: list[int] = self.tokenizer.convert_tokens_to_ids(stops)
+        self.stop_ids = frozenset(ids)
 
     @property
     def mode(self) -> str:

@@ -114,7 +114,7 @@ class AskedText(Asked):
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:

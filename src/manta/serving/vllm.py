@@ -36,10 +36,11 @@ def deployment(weights: Weights, plan: Any, number: int, at_once: int) -> Any:
     from ray.serve.llm.deployment import LLMServer
 
     class Server(LLMServer):
-        async def __init__(self, llm_config: Any, adapters: dict[str, str]) -> None:
+        async def __init__(self, llm_config: Any, adapters: dict[str, str]) -> None:  # type: ignore[misc]
             await super().__init__(llm_config)
             for place, (name, folder) in enumerate(adapters.items(), start=1):
-                await self.engine.resolve_lora(
+                engine: Any = self.engine
+                await engine.resolve_lora(
                     DiskMultiplexConfig(
                         model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=place
                     )
@@ -132,7 +133,7 @@ def deltas(events: Any) -> list[tuple[Delta, int]]:
 def _rank(folder: str) -> int:
     from peft import PeftConfig
 
-    return int(PeftConfig.from_pretrained(folder).r)  # type: ignore[attr-defined]
+    return int(PeftConfig.from_pretrained(folder).r)
 
 
 def _as_vllm_has_it(rank: int) -> int:
