@@ -25,7 +25,6 @@ from manta.serving.generation import Delta, Engine, EngineError, Request
 from manta.serving.service import Settings
 
 APP = "manta"
-_OUR_HEALTH_S = 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def application(catalog: Sequence[Weights], plan: Plan, engine: str, on: str, re
     options = {
         "max_ongoing_requests": at_once,
         "graceful_shutdown_timeout_s": 5,
-        "health_check_period_s": _OUR_HEALTH_S,
+        "health_check_period_s": 10,
     }
     engines = []
     for number, weights in enumerate(catalog):
