@@ -133,10 +133,10 @@ class Batch:
         def tell(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": self._running}
 
-        modules: list[Any] = list(self._model.modules())
-        for module in modules:
+        for module in self._model.modules():
             if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
-                module.register_forward_pre_hook(tell, with_kwargs=True)
+                layer: Any = module
+                layer.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def _widened(states: torch.Tensor, width: int) -> torch.Tensor:

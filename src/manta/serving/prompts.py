@@ -27,7 +27,7 @@ class Prompter:
         template = model.chat_template or own
         self.template = without_markers(template) if template else None
         stops = stop_tokens(weights.source, self.tokenizer)
-        ids: list[int] = self.tokenizer.convert_tokens_to_ids(stops)
+        ids: Any = self.tokenizer.convert_tokens_to_ids(stops)
         self.stop_ids = frozenset(ids)
 
     @property
