@@ -18,6 +18,7 @@ from manta import __version__
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import console
+from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
 from manta.recipe import merged, read_recipe
@@ -34,7 +35,6 @@ SECTIONS = {
     "results_dir": "Output",
 }
 
-
 # What libraries say by themselves; one display of ours stands for all. Set a variable yourself to hear them again.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -42,7 +42,6 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
 
 # Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
 ASKED_TO_STOP = 75
@@ -218,8 +217,8 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-main.add_command(convert)
-main.add_command(evaluate)
+for _command in (convert, evaluate, serve, chat):
+    main.add_command(_command)
 
 
 @main.command()
