@@ -113,13 +113,15 @@ def corpus(answers: Sequence[str], references: Sequence[str]) -> dict[str, dict[
 
     found = {}
     for name, metric in (("bleu", BLEU(effective_order=True)), ("chrf", CHRF())):  # or no answer of a word has a BLEU
-        several = len(answers) > 1
-        score: Any = metric.corpus_score(list(answers), [list(references)], n_bootstrap=RESAMPLES if several else 1)
-        interval = None
-        if several:
-            # sacrebleu gives the half-width around the resamples' mean, which for few rows is not the score.
-            interval = [max(0.0, float(score._mean - score._ci)), min(100.0, float(score._mean + score._ci))]
-        found[name] = {"value": float(score.score), "interval": interval, "signature": str(metric.get_signature())}
+        score = metric.corpus_score(list(answers), [list(references)])
+        # What a score is made of, row by row: sacrebleu's own resampling stops where a resample scores nothing.
+        parts = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]), dtype=float)
+        resampled = None
+        if (count := len(answers)) > 1:
+            weights = np.random.default_rng(0).multinomial(count, [1 / count] * count, RESAMPLES)
+            drawn = [float(metric._compute_score_from_stats(total.tolist()).score) for total in weights @ parts]
+            resampled = np.percentile(drawn, (2.5, 97.5)).tolist()
+        found[name] = {"value": float(score.score), "interval": resampled, "signature": str(metric.get_signature())}
     return found
 
 

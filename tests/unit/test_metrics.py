@@ -84,6 +84,8 @@ def test_bleu_and_chrf_are_sacrebleus():
     assert found["bleu"]["value"] == pytest.approx(sacrebleu.corpus_bleu(answers, [references]).score)
     assert found["chrf"]["value"] == pytest.approx(sacrebleu.corpus_chrf(answers, [references]).score)
     assert "version:" in found["bleu"]["signature"]
+    low, high = found["chrf"]["interval"]
+    assert low < found["chrf"]["value"] < high
 
 
 def test_an_answer_of_one_word_has_a_bleu():
