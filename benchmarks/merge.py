@@ -15,22 +15,20 @@ keeps the disk, which both arms write alike, out of the times. Results go to ben
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from report import about, publish, where
+
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 QUIET |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 SHARDS = "300MB"
@@ -200,7 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where models are written; default: the folder for temporary files")
     options = parser.parse_args()
-    report: dict[str, Any] = {"date": datetime.date.today().isoformat(), "runs": {}, "unequal": {}}
+    versions = about("torch", "transformers", "peft", "safetensors")
+    report: dict[str, Any] = {**versions, "runs": {}, "unequal": {}}
     runs: dict[str, list[dict[str, float]]] = report["runs"]
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -218,8 +217,6 @@ def main() -> None:
     ours, theirs = (_medians(runs[arm]) for arm in ("Manta", "PEFT"))
     report["ratio"] = {key: theirs[key] / ours[key] for key in ours}
     report["folder"] = options.folder
-    report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    report["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     _write(report)
 
 
@@ -228,8 +225,6 @@ def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _write(report: dict[str, Any]) -> None:
-    name = RESULTS / f"{report['date']}-merge"
-    name.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     ratio = report["ratio"]
     rows = [
         f"| {arm} | {each['seconds']:.1f} | {each['work_seconds']:.1f} | {each['peak_bytes'] / 2**20:,.0f} |"
@@ -243,7 +238,7 @@ def _write(report: dict[str, Any]) -> None:
         f"bfloat16, {report['0.7B']['files']} files of {report['0.7B']['bytes'] / 1e9:.2f} GB in all (1.4B: "
         f"{report['1.4B']['files']}, {report['1.4B']['bytes'] / 1e9:.2f} GB); "
         f"rank {RANKS['0.7B']} ({RANKS['1.4B']}) on all linear layers; "
-        f"{report['machine']}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
+        f"{where(report)}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
         "| | s, whole process | s, after imports | peak MiB (VmHWM) | peak MiB, anonymous |\n|---|---|---|---|---|\n"
         + "".join(rows)
         + f"\nPEFT over Manta, medians: {ratio['seconds']:.2f} in time ({ratio['work_seconds']:.2f} after imports), "
@@ -251,10 +246,9 @@ def _write(report: dict[str, Any]) -> None:
         f"that are not the float32 sum cast once: {wrong}. PEFT and Manta are measured without verification, hashes "
         "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file "
         "pages that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
-        "Command: `python benchmarks/merge.py{f' --folder {where}' if (where := report['folder']) else ''}`.\n"
+        f"Command: `python benchmarks/merge.py{' --folder ' + report['folder'] if report['folder'] else ''}`.\n"
     )
-    name.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    publish("merge", report, text)
 
 
 if __name__ == "__main__":

@@ -17,27 +17,24 @@ Results go to benchmarks/results/<date>-saving.{json,md}.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import signal
 import statistics
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from report import about, publish, where
+
 from faults.bench import Bench
 from faults.job import Job
 from tiny import tiny_model
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "attention_dropout": 0.1}
 LARGE = {"lora_rank": 64, "lora_target_modules": "all-linear"}  # a save that takes a while
 USUAL = {"lora_rank": 8, "lora_target_modules": "all-linear"}  # of a model this small still 5 % of its weights
@@ -122,9 +119,7 @@ def main() -> None:
         bench = Bench(Path(name))
         tiny_model(bench.folder / "base", **SHAPE)
         report: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in ("manta-train", "ray", "torch", "transformers", "peft")},
+            **about("manta-train", "ray", "torch", "transformers", "peft"),
             "stall": {},
         }
         for kind, workers in (("full", 1), ("lora", 1), ("full", 2)):
@@ -139,9 +134,7 @@ def main() -> None:
 def _write(report: dict[str, Any], to_files: bool) -> None:
     copied, lost = report["copies"], report["killed"]
     text = (
-        f"# What saving costs, {report['date']}\n\n{report['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + "; arms interleaved A B B A, medians.\n\n"
+        f"# What saving costs, {report['date']}\n\n{where(report)}; arms interleaved A B B A, medians.\n\n"
         "| | checkpoint | stall, asynchronous | stall, synchronous | ratio | added to the next step, asynchronous / "
         "synchronous |\n|---|---|---|---|---|---|\n"
         + "".join(
@@ -157,11 +150,7 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
         f"seconds to the first new step {[round(seconds, 1) for seconds in lost['seconds_to_new_step']]}.\n\n"
         "Command: `python benchmarks/saving.py`.\n"
     )
-    print(text)
-    if to_files:
-        name = RESULTS / f"{report['date']}-saving"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        name.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish("saving", report, text, to_files)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
-import os
-import platform
 import sys
 import time
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,9 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from report import about, publish, where
+
 from served import KEY, base, run_over, runs_flags, serving
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -121,9 +118,7 @@ def main() -> None:
             alone[arm].append(asyncio.run(load(urls[arm], 1, requests // 12)))
             print(arm, round(rounds[arm][-1]["seconds"], 2), round(alone[arm][-1]["seconds"], 2), flush=True)
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("manta-train", "ray", "torch", "transformers", "peft")},
+        **about("manta-train", "ray", "torch", "transformers", "peft"),
         "model": {**SHAPE, "dtype": "float32"},
         "clients": options.clients,
         "order": order,
@@ -144,9 +139,8 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
 
     arms, alone = report["arms"], report["one_client"]
     text = (
-        f"# What batching brings a server, {report['date']}\n\n{report['machine']}, which the clients share; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + f"; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, float32, "
+        f"# What batching brings a server, {report['date']}\n\n{where(report)}; the clients share the "
+        f"machine; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, float32, "
         f"base and one adapter by turns; {TOKENS} tokens an answer, streamed; arms interleaved "
         f"{' '.join(report['order'])}.\n\n"
         "| batching, clients | requests | requests/s | tokens/s | whole answer, s: p50 / p90 / p99 | first token, s: "
@@ -157,11 +151,7 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
         f"{arms['on']['requests_per_s'] / arms['off']['requests_per_s']:.1f} times the requests per second.\n\n"
         "Command: `python benchmarks/serving.py`.\n"
     )
-    print(text)
-    if to_files:
-        name = RESULTS / f"{report['date']}-serving"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        name.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish("serving", report, text, to_files)
 
 
 if __name__ == "__main__":
