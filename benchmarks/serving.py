@@ -140,8 +140,8 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
     arms, alone = report["arms"], report["one_client"]
     text = (
         f"# What batching brings a server, {report['date']}\n\n{where(report)}; the clients share the "
-        f"machine; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, float32, "
-        f"base and one adapter by turns; {TOKENS} tokens an answer, streamed; arms interleaved "
+        f"machine; a model of {report['model']['num_hidden_layers']} layers of {report['model']['hidden_size']}, "
+        f"float32, base and one adapter by turns; {TOKENS} tokens an answer, streamed; arms interleaved "
         f"{' '.join(report['order'])}.\n\n"
         "| batching, clients | requests | requests/s | tokens/s | whole answer, s: p50 / p90 / p99 | first token, s: "
         "p50 / p90 / p99 |\n|---|---|---|---|---|---|\n"
