@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where models are written; default: the folder for temporary files")
     options = parser.parse_args()
     report: dict[str, Any] = {"date": datetime.date.today().isoformat(), "runs": {}, "unequal": {}}
+    report["load"] = os.getloadavg()[0]
     runs: dict[str, list[dict[str, float]]] = report["runs"]
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -251,7 +252,8 @@ def _write(report: dict[str, Any]) -> None:
         f"that are not the float32 sum cast once: {wrong}. PEFT and Manta are measured without verification, hashes "
         "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file "
         "pages that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
-        "Command: `python benchmarks/merge.py{f' --folder {where}' if (where := report['folder']) else ''}`.\n"
+        f"Load of the machine when it began: {report['load']:.1f}. Command: `python benchmarks/merge.py"
+        f"{' --folder ' + report['folder'] if report['folder'] else ''}`.\n"
     )
     name.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
