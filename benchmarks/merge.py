@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where models are written; default: the folder for temporary files")
     options = parser.parse_args()
     versions = about("torch", "transformers", "peft", "safetensors")
-    report: dict[str, Any] = {**versions, "runs": {}, "unequal": {}}
+    report: dict[str, Any] = {**versions, "load": os.getloadavg()[0], "runs": {}, "unequal": {}}
     runs: dict[str, list[dict[str, float]]] = report["runs"]
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -246,7 +246,8 @@ def _write(report: dict[str, Any]) -> None:
         f"that are not the float32 sum cast once: {wrong}. PEFT and Manta are measured without verification, hashes "
         "and tokenizer; `manta convert` does all of these. The peaks are those of the kernel for the process; file "
         "pages that are mapped and resident count in VmHWM, which Manta avoids by reading.\n\n"
-        f"Command: `python benchmarks/merge.py{' --folder ' + report['folder'] if report['folder'] else ''}`.\n"
+        f"Load of the machine when it began: {report['load']:.1f}. Command: `python benchmarks/merge.py"
+        f"{' --folder ' + report['folder'] if report['folder'] else ''}`.\n"
     )
     publish("merge", report, text)
 
