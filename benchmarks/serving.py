@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,21 +103,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="One short round of each arm; writes nothing")
     parser.add_argument("--clients", type=int, default=16, help="At once  [16]")
     options = parser.parse_args()
-    order, requests = ("AB", 16) if options.quick else ("ABBA", 96)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers end with this process
+    order, requests = ("AB", 16) if options.quick else ("ABBA", 48)
     rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     alone: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     with TemporaryDirectory(prefix="manta-serving-") as name, ExitStack() as stack:
         folder = Path(name)
         run = run_over(base(folder / "base", **SHAPE), folder / "results" / "tuned", 1)
-        urls = {
-            arm: stack.enter_context(serving(*runs_flags([run]), "--max_batch", rows)).url for arm, rows in ARMS.items()
-        }
+        up = {arm: serving(*runs_flags([run]), "--max_batch", rows) for arm, rows in ARMS.items()}
+        with ThreadPoolExecutor() as pool:  # both start at once
+            urls = dict(zip(up, pool.map(lambda server: stack.enter_context(server).url, up.values()), strict=True))
         for url in urls.values():
             asyncio.run(load(url, 4, 8))  # warm
         for letter in order:
             arm = "on" if letter == "A" else "off"
             rounds[arm].append(asyncio.run(load(urls[arm], options.clients, requests)))
-            alone[arm].append(asyncio.run(load(urls[arm], 1, requests // 12)))
+            alone[arm].append(asyncio.run(load(urls[arm], 1, requests // 8)))
             print(arm, round(rounds[arm][-1]["seconds"], 2), round(alone[arm][-1]["seconds"], 2), flush=True)
     report = {
         **about("manta-train", "ray", "torch", "transformers", "peft"),

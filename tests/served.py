@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +114,7 @@ def serving(*arguments: str, key: str | None = KEY, seconds: float = 150) -> Ite
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def until(wanted: Any, seconds: float = 20) -> bool:
