@@ -13,7 +13,7 @@ import torch
 from manta import adapter, tensors
 from manta.errors import TrainingError
 
-# Largest difference of a logit, over the largest logit: what casting the sum once, to this precision, may cost.
+# What casting the sum once, to this precision, may cost; see `_difference`.
 TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 1e-2, "BF16": 5e-2}
 PROMPTS, TOKENS = 8, 64  # at most; logits take prompts × tokens × vocabulary × 4 bytes
 FIXED_PROMPTS = ("The capital of France is", "def add(a, b):\n    return", "1, 2, 3, 4,", "Once upon a time")
@@ -36,7 +36,7 @@ def verify(
 ) -> dict[str, Any]:
     """Compare `converted` with what was trained, as transformers and PEFT load it; returns the figures.
 
-    `difference` is the largest of a logit over the largest logit; `effect` the same between base and tuned, of LoRA.
+    `difference` is that of logits over the largest logit, `effect` the same between base and tuned, of LoRA.
     Raises TrainingError if `difference` is over the tolerance of the precision that most weights are stored in.
     """
     stored = tensors.read(converted)
@@ -82,7 +82,11 @@ def _logits(model: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest difference at a position, over the largest logit, which nine of ten positions stay within.
+
+    Not all of them: where a router stands between two experts, rounding may choose the other one. A tensor that is
+    wrong shows at every position.
+    """
     largest = max(float(each.abs().max()) for each in theirs)
-    # torch's max is NaN if any is; Python's is not
-    gap = torch.stack([(one - other).abs().max() for one, other in zip(ours, theirs, strict=True)]).max()
-    return float(gap) / largest
+    gaps = torch.cat([(one - other).abs().amax(-1).flatten() for one, other in zip(ours, theirs, strict=True)])
+    return float(gaps.quantile(0.9)) / largest  # NaN if any is

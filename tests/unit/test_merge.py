@@ -60,6 +60,7 @@ def load(folder: Path) -> Any:
 
 def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
     """A LoRA adapter in PEFT's format whose every tensor is far from its beginning."""
+    torch.manual_seed(1)
     tuned = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings))
     draw = torch.Generator().manual_seed(1)
     for parameter in tuned.parameters():
@@ -121,8 +122,9 @@ def test_each_kind_equals_pefts_merge_in_float32_cast_once(bases, tmp_path, kind
     assert state.keys() == reference.keys()
     unequal = [each for each in reference if not torch.equal(state[each], reference[each].bfloat16().float())]
     assert unequal == []
-    assert (logits(ours) - wanted).abs().max() < 0.05 * wanted.abs().max()
-    assert (untouched - wanted).abs().max() > 2 * (logits(ours) - wanted).abs().max()
+    gap = (logits(ours) - wanted).abs().median()  # not the largest: a rounded router may choose another expert
+    assert gap < 0.02 * wanted.abs().max()
+    assert (untouched - wanted).abs().median() > 2 * gap
     assert len(list(out.glob("model-*.safetensors"))) > 1
 
 
