@@ -248,7 +248,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+            raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from error
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -292,6 +292,11 @@ def whole_path(name: str) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A YAML file's settings, without its section `launch`, which says where a run goes. Raises ConfigError."""
+    return {key: value for key, value in read_yaml(path).items() if key != "launch"}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
     try:
         values = yaml.safe_load(manifest.read_text(storage.place(path)))
@@ -313,6 +318,13 @@ def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     return result
 
 
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as settings: `hfdc_…` are those of the data."""
+    data = {name.removeprefix("hfdc_"): value for name, value in flags.items() if name.startswith("hfdc_")}
+    settings = {name: value for name, value in flags.items() if not name.startswith("hfdc_")}
+    return settings | ({"hf_dataset_config": data} if data else {})
+
+
 def did_you_mean(key: str) -> str:
     """` Did you mean …?` for the nearest setting, or a pointer to the list."""
     names = {name: f"hf_dataset_config.{name}" for name in HFDatasetConfig.model_fields}
@@ -322,11 +334,12 @@ def did_you_mean(key: str) -> str:
     return f" Did you mean {names[nearest[0]]}?" if nearest else " `manta train --help` lists them all."
 
 
-def _explain(problem: Any) -> str:
+def explain(problem: Any, show: bool = True) -> str:
+    """One of pydantic's errors as a line, with the value given if `show`."""
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
-    return f"{where}: {message} (got {given})" if where else message
+    return f"{where}: {message}{f' (got {given})' if show else ''}" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:
