@@ -12,7 +12,7 @@ from manta.config import Config
 from manta.errors import UserError
 
 # What Ray Train waits for, in seconds, set where the user has not; docs/faults.md says what follows from each.
-_TIMEOUTS = {
+TIMEOUTS = {
     # The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # After a lost node Ray asks for the old number of workers this long before it counts what is there; default 60.
@@ -24,16 +24,19 @@ _TIMEOUTS = {
 }
 # How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
 # after the timeout (a cut cable). By default 3 s apart and 10 s long.
-_NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
-# Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
-_IDLE = {"num_workers_soft_limit": 64}
+SYSTEM = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 5,
+}  # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
+SYSTEM["num_workers_soft_limit"] = 64
 _KNOCK_S = 10
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
-    for name, seconds in _TIMEOUTS.items():
+    for name, seconds in TIMEOUTS.items():
         os.environ.setdefault(name, seconds)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -48,7 +51,7 @@ def connected(config: Config) -> Iterator[None]:
         ray.init(
             address=address or "local",  # None would also take a cluster that somebody else left here
             include_dashboard=None if config.ray_address else False,
-            _system_config=None if address else _NODE_CHECKS | _IDLE,
+            _system_config=None if address else SYSTEM,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
