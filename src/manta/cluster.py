@@ -24,12 +24,10 @@ TIMEOUTS = {
 }
 # How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
 # after the timeout (a cut cable). By default 3 s apart and 10 s long.
-SYSTEM = {
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 5000,
-    "health_check_failure_threshold": 5,
-}  # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
-SYSTEM["num_workers_soft_limit"] = 64
+_NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
+# Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
+_IDLE = {"num_workers_soft_limit": 64}
+SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
 
 

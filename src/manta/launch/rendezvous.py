@@ -76,8 +76,8 @@ def is_listening(address: str, port: int = PORT) -> bool:
 
 def live_nodes(gcs: str) -> set[str]:
     """Addresses of the nodes that Ray takes for alive; those that left or were lost are in its list, too."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
     nodes = GcsClient(address=gcs).get_all_node_info(timeout=_ANSWER_S).values()
     return {node.node_manager_address for node in nodes if node.state == GcsNodeInfo.ALIVE}

@@ -100,8 +100,8 @@ def settings(root: Path, hosts: int) -> Config:
     config = Config.from_dict(given)
     if hosts > 1 and not storage.is_remote(config.results_dir):
         raise UserError(
-            f"results_dir {config.results_dir} is a disk of one of {hosts} hosts. Set the hyperparameter results_dir to "
-            "s3://bucket/runs: every host writes its part of a checkpoint there."
+            f"results_dir {config.results_dir} is a disk of one of {hosts} hosts. Set the hyperparameter "
+            "results_dir to s3://bucket/runs: every host writes its part of a checkpoint there."
         )
     return config.model_copy(update={"run_name": config.run_name or default_name(config)})
 

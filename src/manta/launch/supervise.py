@@ -88,8 +88,8 @@ def follow(hosts: Hosts, stop: Stop) -> Outcome:
             return Outcome(0)
         if time.monotonic() > limit:
             raise UserError(
-                f"{hosts.leader} ({leader}) has no Ray on port {PORT} after {hosts.timeout_s:g} s. Its own log says why; "
-                "if it has one, check that the hosts reach each other (security group, network policy)."
+                f"{hosts.leader} ({leader}) has no Ray on port {PORT} after {hosts.timeout_s:g} s. Its own log "
+                "says why; if it has one, check that the hosts reach each other (security group, network policy)."
             )
         time.sleep(_LOOK_S)
     ray = _start_ray(here, "--address", f"{leader}:{PORT}")
@@ -144,7 +144,7 @@ def _gather(hosts: Hosts, here: str, ray: subprocess.Popen[bytes], stop: Stop) -
         if time.monotonic() > limit:
             raise UserError(
                 f"{len(hosts.names) - len(missing)} of {len(hosts.names)} hosts have joined Ray within "
-                f"{hosts.timeout_s:g} s; {', '.join(missing)} did not come. Look at the logs of these hosts, and whether "
+                f"{hosts.timeout_s:g} s; {', '.join(missing)} did not come. Look at their logs, and whether "
                 "hosts reach each other (security group, network policy)."
             )
         time.sleep(_LOOK_S)
