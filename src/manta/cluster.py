@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from manta.config import Config
 from manta.errors import UserError
@@ -29,6 +31,8 @@ _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000,
 _IDLE = {"num_workers_soft_limit": 64}
 SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
+# What is set where the command is typed, and holds for all workers: networks, and whether the hub is asked.
+_FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @contextmanager
@@ -50,6 +54,7 @@ def connected(config: Config) -> Iterator[None]:
             address=address or "local",  # None would also take a cluster that somebody else left here
             include_dashboard=None if config.ray_address else False,
             _system_config=None if address else SYSTEM,
+            runtime_env={"env_vars": _for_the_controller()} if address else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -65,6 +70,21 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _for_the_controller() -> dict[str, str]:
+    """Train's controller runs somewhere on the cluster, whose processes know nothing of our variables.
+
+    Those of a Ray job are left out: Ray refuses to set a variable of one twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in TIMEOUTS if name not in given}
+
+
+def forwarded() -> dict[str, str]:
+    """Variables of this process that workers get on every node."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
 
 
 def _knock(address: str | None) -> None:
@@ -99,18 +119,28 @@ def resources_per_worker(config: Config, on: str) -> dict[str, float]:
     return config.resources_per_worker or ({"CPU": 1.0, "GPU": 1.0} if on == "cuda" else {"CPU": 1.0})
 
 
-def check_fits(count: int, each: dict[str, float]) -> None:
+def check_fits(count: int, each: dict[str, float], placement: str = "SPREAD") -> None:
     """Raises UserError if the cluster's nodes cannot hold `count` workers, which Ray would wait for without an end."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes)
+    nodes = [node["Resources"] for node in living_nodes()]
+    per_node = [min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes]
+    room, how = sum(per_node), ""
+    if placement == "STRICT_SPREAD":
+        room, how = sum(map(bool, per_node)), ", one on each node"
+    elif placement == "STRICT_PACK":
+        room, how = max(per_node, default=0), ", all on one node"
     if room < count:
         total = {name: sum(node.get(name, 0) for node in nodes) for name in each}
         raise UserError(
-            f"{count} workers × {each} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
+            f"{count} workers × {each}{how} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
             "Lower --num_workers or --resources_per_worker."
         )
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """As `ray.nodes()` describes them, without those that left or were lost."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_device_before_start(config: Config) -> None:

@@ -129,7 +129,7 @@ class KubernetesConfig(Section):
     memory: str = Field("256Gi", pattern=_QUANTITY, description="Memory of a worker pod")
     gpu_resource: str = Field("nvidia.com/gpu", description="What the device plugin calls a GPU")
     head_cpus: float = Field(4, gt=0, description="CPUs of the head, which runs the driver and merges the model")
-    head_memory: str = Field("32Gi", pattern=_QUANTITY, description="Memory of the head")
+    head_memory: str = Field("64Gi", pattern=_QUANTITY, description="Memory of the head")
     shm: str = Field("32Gi", pattern=_QUANTITY, description="/dev/shm of each pod: Ray's objects, NCCL, loaders")
     cache: str = Field("200Gi", pattern=_QUANTITY, description="Each pod's disk for models and copies")
     claim: str | None = Field(None, description="PersistentVolumeClaim that all pods mount (ReadWriteMany)")

@@ -43,12 +43,8 @@ trap 'touch "$MANTA_STOP_FILE"' TERM
 srun --auto-resume=1 --kill-on-bad-exit=1 \\
   {command} &
 step=$!
-code=1
-while true; do
-  wait "$step"
-  code=$?
-  kill -0 "$step" 2>/dev/null || break  # a signal ends `wait`, too
-done
+while wait "$step"; code=$?; [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; do :; done  # a signal ends `wait`, too
+[ "$code" -le 128 ] || {{ wait "$step"; code=$?; }}
 rm -f "$MANTA_STOP_FILE"
 [ "$code" -eq 0 ] || exit "$code"
 {after}"""
@@ -137,7 +133,7 @@ def _slurm(config: Config, launch: LaunchConfig) -> Files:
             name=hyperpod.job_name or config.run_name,
             nodes=fewest,
             save=_SAVE_S,
-            more="\n".join(more),
+            more="".join(f"{line}\n" for line in more),
             exports="\n".join(exports),
             command=shlex.join(command),
             after=f"{shlex.join(convert)}\n" if launch.export else "",

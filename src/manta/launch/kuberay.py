@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from manta.cluster import SYSTEM
 from manta.config import Config
 from manta.errors import UserError
 from manta.launch import job
@@ -140,7 +141,8 @@ def _pod(launch: LaunchConfig, name: str, cpus: float, memory: str, more: dict[s
 
 def _environment(launch: LaunchConfig, settings: KubernetesConfig) -> list[dict[str, Any]]:
     models = f"{settings.mount_path if settings.claim else _CACHE}/huggingface"  # each model is fetched once
-    values = {"MANTA_CACHE": f"{_CACHE}/manta", "HF_HOME": models} | job.environment(launch)
+    system = {f"RAY_{name}": str(value) for name, value in SYSTEM.items()}
+    values = system | {"MANTA_CACHE": f"{_CACHE}/manta", "HF_HOME": models} | job.environment(launch)
     secrets = []
     for name, where in launch.secrets.items():
         if name == "RAY_AUTH_TOKEN" and settings.ray_token:  # the operator's own

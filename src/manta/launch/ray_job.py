@@ -24,7 +24,7 @@ FILE = "ray-job.json"
 def render(config: Config, launch: LaunchConfig) -> Files:
     """What Ray's JobSubmissionClient is given. Workers are as the recipe says, else as the cluster has GPUs."""
     config = config.model_copy(update={"run_name": config.run_name or job.default_name(config)})
-    checks = [f': "${{{name}:?is not set on the Ray hosts}}"' for name in launch.secrets]
+    checks = [f': "${{{name}:?is not set on the Ray hosts}}"' for name in launch.secrets if name != "RAY_AUTH_TOKEN"]
     runtime: dict[str, Any] = {"env_vars": job.environment(launch)}
     if launch.ray.working_dir:
         runtime["working_dir"] = launch.ray.working_dir
