@@ -207,33 +207,50 @@ def test_a_drivers_error_is_the_jobs_and_the_other_host_ends_well(net):
     assert not b.path("ml/output/failure").exists()
 
 
-def test_the_nodes_of_a_slurm_step_share_the_launcher(net):
-    """Data is prepared over both nodes; a driver that is asked by the file to stop does so."""
+def test_the_nodes_of_a_slurm_step_share_the_launcher_and_must_share_a_disk(net):
+    """Each node has a folder of its own under the same name: that is found before a model is loaded."""
     a, b = net[FIRST], net[SECOND]
-    configure(a, num_workers=2)
-    rows = WORK / "ml/input/data/training/rows.jsonl"
-    command = ["prepare", "--hf_model_id", str(WORK / "ml/input/data/model"), "--hfdc_dataset_name", str(rows)]
-    templates = [
+    data = [
+        "--hfdc_dataset_name",
+        str(WORK / "ml/input/data/training/rows.jsonl"),
         "--hfdc_input_template",
         "{question}",
+    ]
+    model = [
+        "--hf_model_id",
+        str(WORK / "ml/input/data/model"),
         "--hfdc_output_template",
         "{answer}",
-        "--data_dir",
-        "s3://store/p",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        "--",
+        "train",
+        *data,
+        *model,
+        "--num_workers",
+        "2",
+        "--results_dir",
+        str(WORK / "runs"),
+        "--run_name",
+        "disk",
     ]
     node = {"SLURM_JOB_ID": "7", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": RAY_SECRET}
     head, other = (
-        start(host, "slurm.log", "--", *command, *templates, module="slurm_entry", SLURMD_NODENAME=host.name, **node)
-        for host in (a, b)
+        start(host, "slurm.log", *command, module="slurm_entry", SLURMD_NODENAME=host.name, **node) for host in (a, b)
     )
-    assert end(head, a, "slurm.log", 120) == 0, text(a, "slurm.log")
+    assert end(head, a, "slurm.log", 120) == 2, text(a, "slurm.log")
     assert end(other, b, "slurm.log", 60) == 0, text(b, "slurm.log")
-    assert "2 hosts in Ray: algo-1, algo-2" in text(a, "slurm.log")
+    said = text(a, "slurm.log")
+    assert "2 hosts in Ray: algo-1, algo-2" in said
+    assert f"node 10.78.0.2: {WORK}/runs does not hold what the driver wrote: it is another disk" in said
+    assert "node 10.78.0.1" not in said and "Traceback" not in said
+    assert not a.path("runs/disk").exists()
 
-    stop = a.path("stop")
-    stop.touch()
+    a.path("stop").touch()  # by the script that has the signal
     node["MANTA_STOP_FILE"] = str(WORK / "stop")
-    head = start(a, "stop.log", "--", *command, *templates, module="slurm_entry", SLURMD_NODENAME=FIRST, **node)
+    head = start(a, "stop.log", *command, module="slurm_entry", SLURMD_NODENAME=FIRST, **node)
     assert end(head, a, "stop.log", 60) == 75, text(a, "stop.log")
 
 

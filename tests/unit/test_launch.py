@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -266,3 +270,102 @@ def test_help_of_each_target_lists_its_settings():
     for target in ("ray", "sagemaker", "kubernetes", "hyperpod"):
         text = CliRunner().invoke(main, ["launch", target, "--help"], terminal_width=300).output
         assert "--dry_run" in text and "--image" in text and "--learning_rate" in text
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
+    """What boto3 is given and what it sends, against moto's SageMaker."""
+    import boto3
+    from moto import mock_aws
+
+    found: dict[str, list[Any]] = {"parameters": [], "bodies": []}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing-credentials")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with mock_aws():
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+        boto3.setup_default_session()
+        events = boto3.DEFAULT_SESSION.events
+        events.register(
+            "before-parameter-build.sagemaker",
+            lambda params, model, **_: found["parameters"].append((model.name, dict(params))),
+        )
+        events.register("before-send.sagemaker", lambda request, **_: found["bodies"].append(request.body))
+        yield found
+
+
+def test_the_training_job_that_is_sent_is_the_one_that_is_shown(sent):
+    import boto3
+
+    shown = json.loads(rendered(*CASES["training-job-spot.json"]))
+    arguments = [*CASES["training-job-spot.json"], "--config", str(RECIPE)]
+    done = CliRunner().invoke(main, ["launch", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "arn:aws:sagemaker:us-east-1" in done.output and "aws logs tail" in done.output
+    assert sent["parameters"] == [("CreateTrainingJob", shown)]
+    (body,) = sent["bodies"]
+    assert json.loads(body) == shown and CANARY.encode() not in body
+    there = boto3.client("sagemaker").describe_training_job(TrainingJobName="numbers-2")
+    assert there["HyperParameters"] == shown["HyperParameters"] and there["RoleArn"] == shown["RoleArn"]
+    assert shown["CheckpointConfig"]["S3Uri"] == "s3://bucket/checkpoints" and shown["EnableManagedSpotTraining"]
+    assert shown["VpcConfig"] == {"Subnets": ["subnet-0a"], "SecurityGroupIds": ["sg-0a"]}
+
+
+def test_an_endpoint_is_made_in_three_calls(sent):
+    import boto3
+
+    arguments = [*CASES["endpoint.json"], "--endpoint_instance_type", "ml.g4dn.xlarge"]
+    shown = json.loads(rendered(*arguments))
+    done = CliRunner().invoke(main, ["launch", *arguments, "--config", str(RECIPE)])
+    assert done.exit_code == 0, done.output
+    assert [name for name, _ in sent["parameters"]] == ["CreateModel", "CreateEndpointConfig", "CreateEndpoint"]
+    assert [parameters for _, parameters in sent["parameters"]] == list(shown.values())
+    name = shown["create_endpoint"]["EndpointName"]
+    assert boto3.client("sagemaker").describe_endpoint(EndpointName=name)["EndpointConfigName"] == name
+    source = shown["create_model"]["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
+    assert (
+        source["S3Uri"]
+        == f"s3://bucket/runs/{Config.load(RECIPE).run_name or job.default_name(Config.load(RECIPE))}/export/"
+    )
+
+
+def test_kubectl_is_given_the_manifest_that_is_shown(tmp_path, monkeypatch):
+    """A stand-in for kubectl, which needs a cluster."""
+    stand_in = tmp_path / "kubectl"
+    stand_in.write_text(
+        f'#!/bin/sh\ncat > {tmp_path}/given; echo "$@" > {tmp_path}/arguments; echo applied; exit $CODE\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for code in ("0", "1"):
+        monkeypatch.setenv("CODE", code)
+        done = CliRunner().invoke(main, ["launch", "kubernetes", "--config", str(RECIPE)])
+        assert done.exit_code == (0 if code == "0" else 2), done.output
+        assert (tmp_path / "given").read_text() == rendered("kubernetes")
+        assert (tmp_path / "arguments").read_text() == "apply -f -\n"
+    assert "kubectl apply refused" in done.output
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked to stop", "undisturbed"])
+def test_the_sbatch_script_turns_a_signal_into_the_file_and_keeps_the_steps_exit_code(asked, tmp_path, monkeypatch):
+    """Run by bash, with a stand-in for srun whose step ends when the file is there, or by itself."""
+    script = rendered("hyperpod", "--orchestrator", "slurm", "--secrets", "{}", "--results_dir", "/fsx/runs",
+                      "--python", "python-of-the-test")  # fmt: skip
+    (tmp_path / "srun").write_text(
+        '#!/bin/bash\n[ "$1" = --auto-resume=1 ] || exit 9\n[ ${#RAY_AUTH_TOKEN} = 64 ] || exit 8\ntouch started\n'
+        + ('while [ ! -e "$MANTA_STOP_FILE" ]; do sleep 0.1; done; sleep 0.3; exit 75\n' if asked else "exit 0\n")
+    )
+    (tmp_path / "python-of-the-test").write_text('#!/bin/bash\necho "$@" > converted\n')
+    for name in ("srun", "python-of-the-test"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    step = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)
+    limit = time.monotonic() + 30
+    while asked and not (tmp_path / "started").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    if asked:
+        step.send_signal(signal.SIGTERM)
+    assert step.wait(30) == (75 if asked else 0)
+    assert not (tmp_path / ".stop-7").exists()
+    assert (tmp_path / "converted").exists() is not asked
