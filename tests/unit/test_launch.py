@@ -323,10 +323,17 @@ def test_an_endpoint_is_made_in_three_calls(sent):
     name = shown["create_endpoint"]["EndpointName"]
     assert boto3.client("sagemaker").describe_endpoint(EndpointName=name)["EndpointConfigName"] == name
     source = shown["create_model"]["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
-    assert (
-        source["S3Uri"]
-        == f"s3://bucket/runs/{Config.load(RECIPE).run_name or job.default_name(Config.load(RECIPE))}/export/"
-    )
+    assert source["S3Uri"] == f"s3://bucket/runs/{job.default_name(Config.load(RECIPE))}/export/"
+
+    for arguments, place in (
+        (["--job_name", "numbers-1"], "s3://bucket/runs/sagemaker/numbers-1/output/model/"),
+        (["--model_data", "s3://other/model"], "s3://other/model/"),
+    ):
+        model = json.loads(rendered(*CASES["endpoint.json"], *arguments))["create_model"]["PrimaryContainer"]
+        assert model["ModelDataSource"]["S3DataSource"]["S3Uri"] == place
+    newer = [*CASES["endpoint.json"], "--endpoint_name", "newer"]  # of a type that moto's SageMaker does not know
+    done = CliRunner().invoke(main, ["launch", *newer, "--config", str(RECIPE)])
+    assert done.exit_code == 2 and "SageMaker refused create_endpoint_config" in done.output
 
 
 def test_kubectl_is_given_the_manifest_that_is_shown(tmp_path, monkeypatch):

@@ -94,7 +94,9 @@ class SageMakerConfig(Section):
         None, description="With --endpoint: LMI container; default: vLLM's of the region"
     )
     model_data: str | None = Field(
-        None, pattern=r"^s3://", description="With --endpoint: folder of the model; default: the run's export"
+        None,
+        pattern=r"^s3://",
+        description="With --endpoint: the model's folder; default: what job_name left, or the run's export",
     )
     max_model_len: int = Field(8192, ge=2, description="With --endpoint: longest prompt and answer, in tokens")
 

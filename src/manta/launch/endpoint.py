@@ -97,9 +97,14 @@ def requests(config: Config, launch: LaunchConfig) -> dict[str, dict[str, Any]]:
 
 
 def _model(config: Config, launch: LaunchConfig) -> str:
-    """Where the merged model is: as told, or the run's export on the store."""
-    if launch.sagemaker.model_data:
-        return launch.sagemaker.model_data
-    if not storage.is_remote(config.results_dir):
+    """Where the merged model is: as told, what the training job `job_name` left, or the run's export on the store."""
+    settings = launch.sagemaker
+    if settings.model_data:
+        return settings.model_data
+    places = (settings.output_path, settings.sync_checkpoints, config.results_dir)
+    store = next((place for place in places if place and storage.is_remote(place)), None)
+    if store is None:
         raise UserError("Where is the model? --model_data s3://…: the job's output, or an export that you copied.")
-    return f"{config.results_dir}/{config.run_name or job.default_name(config)}/export"
+    if settings.job_name:
+        return f"{settings.output_path or f'{store}/sagemaker'}/{settings.job_name}/output/model"
+    return f"{store}/{config.run_name or job.default_name(config)}/export"
