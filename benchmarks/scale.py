@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--steps 200]
 
-The paper part is a model of step time, traffic and memory per GPU with FSDP (`FULL_SHARD`) and HSDP (`HYBRID_SHARD`) on 8,
-64 and 512 GPUs. It has one free number for each published setting, how fast the kernels are (fitted on the smallest
+The paper part is a model of step time, traffic and memory per GPU with FSDP (`FULL_SHARD`) and HSDP (`HYBRID_SHARD`)
+on 8, 64 and 512 GPUs. It has one free number for each published setting, how fast the kernels are (fitted on the smallest
 number of GPUs), and is then held against the same authors' figures for more GPUs. The measured part runs 2, 4, 8 and
 16 light workers on this machine against the real mailbox, monitor and supervisor. Results go to
 benchmarks/results/<date>-scale.{json,md}.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import sys
@@ -77,7 +76,7 @@ def flops_per_token(model: Model, job: Job) -> float:
 
 
 def traffic(model: Model, job: Job, gpus: int, machine: Machine) -> dict[str, float]:
-    """Bytes of one GPU in a step, over its links within the host and over its network card, and a micro-batch's seconds.
+    """Bytes of one GPU in a step, over its links within the host and its network card, and a micro-batch's seconds.
 
     FSDP gathers the weights (bf16) for forward and backward, and reduce-scatters gradients (float32) of what is
     trained. A ring over several hosts enters each of them once, and there is a ring for each card: so a card takes an
@@ -139,7 +138,7 @@ MPT_7B, MPT_13B = Model("MPT-7B", 6.66e9, 32, 4096, 50432), Model("MPT-13B", 12.
 FOUNDRY = "mosaicml/llm-foundry scripts/train/benchmarking/README.md"
 TITAN = "pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md"
 
-# Tokens per second and GPU, as published; the smallest number of GPUs fits the kernels' speed, the others are the check.
+# Tokens per second and GPU, as published; the smallest number of GPUs fits the kernels' speed, the others check.
 PUBLISHED: list[tuple[str, Model, Job, Machine, dict[int, float]]] = [
     (FOUNDRY, MPT_7B, Job(18 * 2048, 2048), A100_40, {16: 3645, 32: 3725, 64: 3665, 128: 3623}),
     (FOUNDRY, MPT_13B, Job(16 * 2048, 2048), A100_40, {32: 1998, 64: 1976, 128: 1972}),
@@ -247,7 +246,7 @@ def measure(workers: int, steps: int, step_s: float) -> dict[str, Any]:
 
     mailbox, name = open_mailbox(Attempts(Policy(2, 2, 1)))
     pids = {"mailbox": ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid()))}
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
         console = Console(file=null)
         before = time.process_time()
         with (
@@ -306,11 +305,11 @@ def write(found: dict[str, Any]) -> None:
         "",
         "## By paper, held against published figures",
         "",
-        "Tokens per second and GPU. The smallest number of GPUs of each setting fits how fast kernels are; the others are",
-        f"the check: off by at most {far:.1%}. Sharding Llama 3.1 8B over 128 GPUs instead of 8 saves {memory['ours']} GiB",
-        f"by the model, and saved {memory['published']:.1f} GiB ({memory['compiled']:.1f} compiled) as published.",
-        "In all of these the traffic hides behind computing, so they check that it does, and not how long it takes where",
-        "it does not. What the model leaves out (stragglers, jitter) is what it is too fast by.",
+        "Tokens per second and GPU. The smallest number of GPUs of each setting fits how fast kernels are; the others "
+        f"are the check: off by at most {far:.1%}. In all of these the traffic hides behind computing, so they check "
+        "that it does, and not how long it takes where it does not. What the model leaves out (stragglers, jitter) is "
+        f"what it is too fast by. Sharding Llama 3.1 8B over 128 GPUs instead of 8 saves {memory['ours']} GiB by the "
+        f"model, and saved {memory['published']:.1f} GiB ({memory['compiled']:.1f} compiled) as published.",
         "",
         "| model | machine | GPUs | published | model | off | source |",
         "|---|---|---|---|---|---|---|",
@@ -322,10 +321,11 @@ def write(found: dict[str, Any]) -> None:
         "",
         "## By paper: 8, 64 and 512 H100 (p5), 4,096 tokens per sequence, activations recomputed",
         "",
-        "Nothing of this table was measured. Traffic is per GPU and step, one micro-batch: within a host and between hosts;",
-        "it overlaps with computing, so it costs where it takes longer than that.",
+        "Nothing of this table was measured. Traffic is per GPU and step, one micro-batch: within a host and between "
+        "hosts; it overlaps with computing, so it costs where it takes longer than that.",
         "",
-        "| model | GPUs | sharding | step, s | traffic, s | in a host, GB | between, GB | tok/s per GPU | GiB | fits 80 GB |",
+        "| model | GPUs | sharding | step, s | traffic, s | in a host, GB | between, GB | tok/s per GPU | GiB "
+        "| fits 80 GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {row['model']} | {row['gpus']} | {row['sharding']} | {row['step_s']} | {row['network_s']} "
@@ -339,8 +339,8 @@ def write(found: dict[str, Any]) -> None:
             "",
             f"## Measured: the driver with more workers ({found['cores']} cores, {found['machine']})",
             "",
-            f"Light workers that sleep {1000 * found['step_s']:g} ms a step and tell the mailbox what Manta's tell it; all on",
-            "this machine, so that they also share its cores.",
+            f"Light workers that sleep {1000 * found['step_s']:g} ms a step and tell the mailbox what Manta's tell it; "
+            "all on this machine, so that they also share its cores.",
             "",
             "| workers | step, ms | driver, CPU ms/step | mailbox, CPU ms/step | start and end, s |",
             "|---|---|---|---|---|",
