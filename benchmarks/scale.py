@@ -3,9 +3,9 @@
     python benchmarks/scale.py [--steps 200]
 
 The paper part is a model of step time, traffic and memory per GPU with FSDP (`FULL_SHARD`) and HSDP (`HYBRID_SHARD`)
-on 8, 64 and 512 GPUs. It has one free number for each published setting, how fast the kernels are (fitted on the smallest
-number of GPUs), and is then held against the same authors' figures for more GPUs. The measured part runs 2, 4, 8 and
-16 light workers on this machine against the real mailbox, monitor and supervisor. Results go to
+on 8, 64 and 512 GPUs. It has one free number for each published setting, how fast the kernels are (fitted on the
+smallest number of GPUs), and is then held against the same authors' figures for more GPUs. The measured part runs 2,
+4, 8 and 16 light workers on this machine against the real mailbox, monitor and supervisor. Results go to
 benchmarks/results/<date>-scale.{json,md}.
 """
 

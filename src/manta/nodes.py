@@ -59,9 +59,9 @@ def check_storage(places: Iterable[Path]) -> None:
 
 def try_storage(place: str, mark: str) -> tuple[str, str | None]:
     """Manta's version on this node, and what is wrong with `place`, in which another node wrote the file `mark`."""
-    folder = storage.place(place)
-    mine = folder / f"{mark}-{uuid.uuid4().hex}"
     try:
+        folder = storage.place(place)
+        mine = folder / f"{mark}-{uuid.uuid4().hex}"
         if manifest.read_text(folder / mark) != mark:
             return __version__, "does not give back what the driver wrote"
         mine.write_text(mine.name, encoding="utf-8")
