@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -376,3 +377,40 @@ def test_the_sbatch_script_turns_a_signal_into_the_file_and_keeps_the_steps_exit
     assert step.wait(30) == (75 if asked else 0)
     assert not (tmp_path / ".stop-7").exists()
     assert (tmp_path / "converted").exists() is not asked
+
+
+def test_ray_over_ssh_has_one_token_which_is_in_no_command(tmp_path, monkeypatch):
+    """With a stand-in for ssh that notes what each host is told and what it reads."""
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/$1.command\ncat > {tmp_path}/$1.input\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = ROOT / "recipes" / "ray-cluster.sh"
+    started = subprocess.run([script, "start", "node-1", "node-2"], capture_output=True, text=True, check=True)
+    tokens = {(tmp_path / f"{host}.input").read_text() for host in ("node-1", "node-2")}
+    (token,) = tokens
+    commands = [(tmp_path / f"{host}.command").read_text() for host in ("node-1", "node-2")]
+    assert len(token) == 64 and token not in "".join(commands) + started.stdout
+    assert "ray start --head --port 6379" in commands[0] and "ray start --address node-1:6379" in commands[1]
+    assert all("RAY_AUTH_MODE=token" in command and "umask 077" in command for command in commands)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("mine")
+    subprocess.run([script, "start", "node-1"], check=True, capture_output=True)
+    assert (tmp_path / "node-1.input").read_text() == "mine"
+    subprocess.run([script, "stop", "node-1", "node-2"], check=True, stdin=subprocess.DEVNULL)
+    assert all((tmp_path / f"{host}.command").read_text().endswith("ray stop\n") for host in ("node-1", "node-2"))
+    assert subprocess.run([script, "restart", "node-1"], capture_output=True).returncode == 2
+
+
+def test_the_image_is_made_of_what_is_here():
+    text = (ROOT / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (.+) \./", text, re.M)
+    names = " ".join(copied).split()
+    assert names and all((ROOT / name).exists() for name in names)
+    ignored = (ROOT / ".dockerignore").read_text()
+    assert all(f"!{name}\n" in ignored for name in names)
+    extras = re.search(r"'\.\[(.+)\]'", text)
+    defined = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras and set(extras[1].split(",")) <= set(defined)
+    module = ".".join(sagemaker.ENTRY[-1:])
+    assert module in text and (ROOT / "src" / module.replace(".", "/")).with_suffix(".py").exists()

@@ -67,13 +67,12 @@ def lead(hosts: Hosts, driver: Callable[[str], list[str]], stop: Stop, elastic: 
     no message may hold.
     """
     here = rendezvous.address_of(hosts.me, hosts.timeout_s, stop.wanted)
-    gcs = f"{here}:{PORT}"
     ray = _start_ray(here, "--head", "--port", str(PORT), "--include-dashboard", "false")
     try:
         if not _gather(hosts, here, ray, stop):
             return Outcome(ASKED_TO_STOP, "")
-        with _Driver(driver(gcs), list(hidden)) as running:
-            return _watch(hosts, gcs, ray, running, stop, elastic)
+        with _Driver(driver(f"{here}:{PORT}"), list(hidden)) as running:
+            return _watch(hosts, here, ray, running, stop, elastic)
     finally:
         _end(ray)
 
@@ -148,15 +147,17 @@ def _gather(hosts: Hosts, here: str, ray: subprocess.Popen[bytes], stop: Stop) -
                 "hosts reach each other (security group, network policy)."
             )
         time.sleep(_LOOK_S)
-        missing = _missing(hosts, f"{here}:{PORT}") if rendezvous.is_listening(here) else missing
+        missing = _missing(hosts, here)
     say(f"{len(hosts.names)} hosts in Ray: {', '.join(hosts.names)}")
     return True
 
 
-def _missing(hosts: Hosts, gcs: str) -> list[str]:
-    """Hosts that are no live node now. One that Ray cannot be asked about is taken for missing."""
+def _missing(hosts: Hosts, here: str) -> list[str]:
+    """Hosts that are no live node now; all of them while Ray cannot be asked."""
+    if not rendezvous.is_listening(here):  # Ray's client ends the process that waits for it too long
+        return list(hosts.names)
     try:
-        alive = rendezvous.live_nodes(gcs)
+        alive = rendezvous.live_nodes(f"{here}:{PORT}")
     except Exception:  # of gRPC, in several classes
         return list(hosts.names)
     return [name for name in hosts.names if not alive & _addresses(name)]
@@ -182,7 +183,7 @@ def _watch(hosts: Hosts, gcs: str, ray: subprocess.Popen[bytes], driver: _Driver
             return Outcome(1, f"Ray ended on {hosts.me} (exit code {ray.returncode}). {driver.last()}")
         now = time.monotonic()
         if now - counted > _COUNT_S and not asked:
-            missing, counted = _missing(hosts, gcs), now
+            missing, counted = _missing(hosts, here), now
             complete = complete if missing else now
             if missing and not elastic and now - complete > hosts.timeout_s:
                 return Outcome(1, f"{', '.join(missing)} left, and did not come back within {hosts.timeout_s:g} s.")
