@@ -170,7 +170,9 @@ def _addresses(name: str) -> set[str]:
         return set()
 
 
-def _watch(hosts: Hosts, gcs: str, ray: subprocess.Popen[bytes], driver: _Driver, stop: Stop, elastic: bool) -> Outcome:
+def _watch(
+    hosts: Hosts, here: str, ray: subprocess.Popen[bytes], driver: _Driver, stop: Stop, elastic: bool
+) -> Outcome:
     asked, counted, complete = False, time.monotonic(), time.monotonic()
     while (code := driver.process.poll()) is None:
         if stop.wanted() and not asked:
