@@ -11,6 +11,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 class Cluster:
     """A Ray of its own on this machine, with Ray's Jobs API; `environment` is that of its hosts."""
 
-    def __init__(self, folder: Path, token: str):
+    def __init__(self, folder: Path, token: str, **environment: str):
         gcs, client, agent, self.port = free_ports(4)
         command = [BIN / "ray", "start", "--head", "--block", "--num-cpus", "2", "--port", str(gcs)]
         command += ["--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)]
@@ -46,6 +47,7 @@ class Cluster:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "HF_TOKEN": CANARY, "CUDA_VISIBLE_DEVICES": ""},
             **{"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"},
+            **environment,
         }
         self.log = folder.with_suffix(".log")
         with self.log.open("wb") as log:
@@ -75,24 +77,34 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def clusters(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Cluster]]:
-    import tempfile
-
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Cluster]]]:
+    """Starts two clusters, whose hosts have the given variables; they end with the test."""
     token = secrets.token_hex(32)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with tempfile.TemporaryDirectory(prefix="mj", dir="/tmp") as short:  # sockets have short names
-        started = []
+    started: list[Cluster] = []
+
+    def two(**environment: str) -> list[Cluster]:
+        for name in "ab":
+            (Path(short) / name).mkdir()
+            started.append(Cluster(Path(short) / name, token, **environment))
+        for cluster in started:
+            wait_for(lambda cluster=cluster: answers(cluster), 90)  # type: ignore[misc]
+        return started
+
+    with tempfile.TemporaryDirectory(prefix="mj", dir="/tmp", ignore_cleanup_errors=True) as short:  # for sockets
         try:
-            for name in "ab":
-                (Path(short) / name).mkdir()
-                started.append(Cluster(Path(short) / name, token))
-            for cluster in started:
-                wait_for(lambda cluster=cluster: answers(cluster), 90)  # type: ignore[misc]
-            yield started
+            yield two
         finally:
             for cluster in started:
                 cluster.end()
+
+
+def submit(cluster: Cluster, number: str, entrypoint: str) -> str:
+    """As the pod does that KubeRay submits a job by: the command, as it is, in a line of bash."""
+    line = f"ray job submit --address {cluster.address} --submission-id {number} --no-wait -- {entrypoint} ;"
+    subprocess.run(["bash", "-c", line], env=cluster.environment, check=True, capture_output=True, timeout=60)
+    return number
 
 
 def answers(cluster: Cluster) -> bool:
@@ -114,10 +126,9 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.mark.timeout(420)
-def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(clusters, tmp_path, monkeypatch, record_property):
+def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp_path, monkeypatch, record_property):
     from ray.job_submission import JobSubmissionClient
 
-    first, second = clusters
     config = small_config(
         tmp_path, run_name="numbers", max_steps=STEPS, save_steps=SAVE, eval_steps=0, nominal_workers=2, num_workers=2
     )
@@ -127,7 +138,10 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(clusters, 
             "kubernetes": {"gpus": 0, "claim": "data", "mount_path": str(tmp_path), "memory": "4Gi", "cpus": 2},
         }
     )
-    command = yaml.safe_load(kuberay.render(config, launch)["rayjob.yaml"])["spec"]["entrypoint"]
+    spec = yaml.safe_load(kuberay.render(config, launch)["rayjob.yaml"])["spec"]
+    pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    variables = {each["name"]: each["value"] for each in pod["env"] if each["name"] in ("MANTA_RECIPE", "MANTA_EXPORT")}
+    first, second = start(**variables)
     run = Run(tmp_path / "results" / "numbers")
 
     def reached(step: int) -> bool:
@@ -135,11 +149,11 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(clusters, 
         return latest is not None and latest.step >= step
 
     here, there = JobSubmissionClient(first.address), JobSubmissionClient(second.address)
-    attempt = here.submit_job(entrypoint=command)
+    attempt = submit(first, "attempt-1", spec["entrypoint"])
     wait_for(lambda: reached(SAVE) or here.get_job_status(attempt) in ENDED, 120)
     assert here.get_job_status(attempt) == "RUNNING", here.get_job_logs(attempt)
 
-    overlapping = there.submit_job(entrypoint=command)
+    overlapping = submit(second, "attempt-2", spec["entrypoint"])
     wait_for(lambda: there.get_job_status(overlapping) in ENDED, 90)
     logs = there.get_job_logs(overlapping)
     assert there.get_job_status(overlapping) == "FAILED" and f"Another driver is training {run.path}" in logs, logs

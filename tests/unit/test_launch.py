@@ -123,6 +123,12 @@ def manifest(*arguments: str) -> dict[str, Any]:
     return yaml.safe_load(rendered("kubernetes", *arguments))
 
 
+def recipe_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the driver on the head is given."""
+    head = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    return yaml.safe_load(next(each["value"] for each in head["env"] if each["name"] == "MANTA_RECIPE"))
+
+
 @pytest.mark.parametrize(
     ("breach", "says"),
     [
@@ -147,8 +153,9 @@ def test_the_operators_rules_are_checked_here(breach, says):
 
 def test_an_attempt_of_a_rayjob_has_the_same_run_and_the_name_fits():
     first, again = manifest(), manifest("--retries", "7")
-    name = re.search(r"--run_name (\S+)", first["spec"]["entrypoint"])
-    assert name and name[1] in again["spec"]["entrypoint"] and again["spec"]["backoffLimit"] == 7
+    assert recipe_of(first) == recipe_of(again) and again["spec"]["backoffLimit"] == 7
+    assert recipe_of(first)["run_name"] == job.default_name(Config.load(RECIPE))
+    assert not set(first["spec"]["entrypoint"]) & set("&|;'\"$\\\n")  # two shells read it
     long = manifest("--run_name", "A_very.long-" * 6)
     assert len(long["metadata"]["name"]) <= 47 and re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", long["metadata"]["name"])
 
@@ -240,6 +247,7 @@ def test_flags_give_the_same_config_back():
 
     for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
         config = Config.load(recipe)
+        assert Config.from_dict(yaml.safe_load(job.recipe(config))) == config
         assert config_from_flags(dict(job.flags(config))) == config
         sent = {name: decoded(sagemaker.encoded(value)) for name, value in job.flags(config).items()}
         assert config_from_flags(sent) == config

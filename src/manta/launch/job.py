@@ -14,6 +14,7 @@ from manta.config import Config
 from manta.dataset_config import HFDatasetConfig
 from manta.errors import UserError
 from manta.launch.config import LaunchConfig
+from manta.launch.rendered import to_yaml
 from manta.runs import default_name
 
 MANTA = "manta"
@@ -48,6 +49,15 @@ def flags(config: Config) -> dict[str, str]:
     for name in _TEMPLATES & found.keys():  # one line, as a shell hands them over
         found[name] = found[name].replace("\n", "\\n").replace("\t", "\\t")
     return found
+
+
+def recipe(config: Config) -> str:
+    """What differs from the defaults, as the YAML of a recipe."""
+    default, given = Config().to_dict(), config.to_dict()
+    data, before = given.pop("hf_dataset_config"), default.pop("hf_dataset_config")
+    found = {name: value for name, value in given.items() if value != default[name]}
+    data = {name: value for name, value in data.items() if value != before[name]}
+    return to_yaml(found | ({"hf_dataset_config": data} if data else {}))
 
 
 def train_command(config: Config, *more: str) -> list[str]:

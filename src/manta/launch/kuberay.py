@@ -18,6 +18,7 @@ from manta.config import Config
 from manta.errors import UserError
 from manta.launch import job
 from manta.launch.config import KubernetesConfig, LaunchConfig
+from manta.launch.job_entry import EXPORT, RECIPE
 from manta.launch.rendered import Files, to_yaml
 
 FILE = "rayjob.yaml"
@@ -68,11 +69,11 @@ def _manifest(config: Config, launch: LaunchConfig) -> dict[str, Any]:
     if settings.priority_class:
         labels["kueue.x-k8s.io/priority-class"] = settings.priority_class
     spec: dict[str, Any] = {
-        "entrypoint": job.shell(config, launch, "--ray_address", "auto"),
+        "entrypoint": "python -m manta.launch.job_entry",
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 0,  # GPUs are given back at once
         "backoffLimit": settings.retries,
-        "rayClusterSpec": _cluster(launch),
+        "rayClusterSpec": _cluster(config, launch),
     }
     if settings.max_run_hours:
         spec["activeDeadlineSeconds"] = round(settings.max_run_hours * 3600)
@@ -80,7 +81,7 @@ def _manifest(config: Config, launch: LaunchConfig) -> dict[str, Any]:
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
 
 
-def _cluster(launch: LaunchConfig) -> dict[str, Any]:
+def _cluster(config: Config, launch: LaunchConfig) -> dict[str, Any]:
     settings = launch.kubernetes
     fewest, most = launch.node_range
     more = {settings.gpu_resource: str(settings.gpus)} if settings.gpus else {}
@@ -94,10 +95,13 @@ def _cluster(launch: LaunchConfig) -> dict[str, Any]:
     workers["spec"] |= {"nodeSelector": settings.node_selector} if settings.node_selector else {}
     tolerations = [*settings.tolerations, *([gpu_taint] if settings.gpus else [])]
     workers["spec"] |= {"tolerations": tolerations} if tolerations else {}
+    head = _pod(launch, "ray-head", settings.head_cpus, settings.head_memory, {})
+    driver = {RECIPE: job.recipe(config)} | ({EXPORT: "1"} if launch.export else {})
+    head["spec"]["containers"][0]["env"] += [{"name": name, "value": value} for name, value in driver.items()]
     return cluster | {
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0"},  # no training worker beside the driver
-            "template": _pod(launch, "ray-head", settings.head_cpus, settings.head_memory, {}),
+            "template": head,
         },
         "workerGroupSpecs": [
             {
