@@ -221,6 +221,8 @@ def test_the_nodes_of_a_slurm_step_share_the_launcher_and_must_share_a_disk(net)
         str(WORK / "ml/input/data/model"),
         "--hfdc_output_template",
         "{answer}",
+        "--max_seq_length",
+        "96",
         "--device",
         "cpu",
     ]

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         say(str(error))
         return 2
-    if outcome.failure:
+    if outcome.failure and not outcome.failure.startswith("manta: "):  # the driver's own message has been shown
         say(outcome.failure)
     return outcome.code
 
