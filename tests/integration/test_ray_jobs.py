@@ -182,7 +182,7 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
 
     assert CANARY not in logs + done.output
     info = there.get_job_info(number)
-    assert info.runtime_env == {"env_vars": {"NCCL_DEBUG": "WARN"}} and CANARY not in str(info)
+    assert info.runtime_env["env_vars"] == {"NCCL_DEBUG": "WARN"} and CANARY not in str(info)
     files = [file for file in run.path.rglob("*") if file.is_file()]
     assert len(files) > 10 and not [file for file in files if CANARY.encode() in file.read_bytes()]
 
