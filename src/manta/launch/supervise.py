@@ -125,10 +125,15 @@ def _start_ray(here: str, *arguments: str) -> subprocess.Popen[bytes]:
     if "--head" in arguments:
         command += ["--system-config", json.dumps(SYSTEM)]
     more = os.environ.get("MANTA_RAY_START", "").split()
-    environment = {**TIMEOUTS, "RAY_USAGE_STATS_ENABLED": "0", **os.environ}
+    # Ray is ended when nothing of it is needed any more: without the 30 s in which it would drain the node.
+    ours = {**TIMEOUTS, "RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     # Its own session: a terminal's Ctrl-C reaches the driver first.
     return subprocess.Popen(
-        [*command, *more], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        [*command, *more],
+        env=ours | os.environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
