@@ -77,24 +77,22 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Cluster]]]:
-    """Starts two clusters, whose hosts have the given variables; they end with the test."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
+    """Starts a cluster whose hosts have the given variables; it ends with the test, if not before."""
     token = secrets.token_hex(32)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     started: list[Cluster] = []
 
-    def two(**environment: str) -> list[Cluster]:
-        for name in "ab":
-            (Path(short) / name).mkdir()
-            started.append(Cluster(Path(short) / name, token, **environment))
-        for cluster in started:
-            wait_for(lambda cluster=cluster: answers(cluster), 90)  # type: ignore[misc]
-        return started
+    def one(name: str, **environment: str) -> Cluster:
+        (Path(short) / name).mkdir()
+        started.append(Cluster(Path(short) / name, token, **environment))
+        wait_for(lambda: answers(started[-1]), 90)
+        return started[-1]
 
     with tempfile.TemporaryDirectory(prefix="mj", dir="/tmp", ignore_cleanup_errors=True) as short:  # for sockets
         try:
-            yield two
+            yield one
         finally:
             for cluster in started:
                 cluster.end()
@@ -141,25 +139,27 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
     spec = yaml.safe_load(kuberay.render(config, launch)["rayjob.yaml"])["spec"]
     pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     variables = {each["name"]: each["value"] for each in pod["env"] if each["name"] in ("MANTA_RECIPE", "MANTA_EXPORT")}
-    first, second = start(**variables)
+    first = start("a", **variables)
     run = Run(tmp_path / "results" / "numbers")
 
     def reached(step: int) -> bool:
         latest = run.latest()
         return latest is not None and latest.step >= step
 
-    here, there = JobSubmissionClient(first.address), JobSubmissionClient(second.address)
+    here = JobSubmissionClient(first.address)
     attempt = submit(first, "attempt-1", spec["entrypoint"])
     wait_for(lambda: reached(SAVE) or here.get_job_status(attempt) in ENDED, 120)
     assert here.get_job_status(attempt) == "RUNNING", here.get_job_logs(attempt)
 
-    overlapping = submit(second, "attempt-2", spec["entrypoint"])
-    wait_for(lambda: there.get_job_status(overlapping) in ENDED, 90)
-    logs = there.get_job_logs(overlapping)
-    assert there.get_job_status(overlapping) == "FAILED" and f"Another driver is training {run.path}" in logs, logs
+    overlapping = submit(first, "attempt-2", spec["entrypoint"])
+    wait_for(lambda: here.get_job_status(overlapping) in ENDED, 90)
+    logs = here.get_job_logs(overlapping)
+    assert here.get_job_status(overlapping) == "FAILED" and f"Another driver is training {run.path}" in logs, logs
     assert here.get_job_status(attempt) == "RUNNING"
 
     first.end()
+    second = start("b", **variables)
+    there = JobSubmissionClient(second.address)
     saved = run.latest()
     assert saved is not None and saved.step < STEPS, "it was over before its cluster was ended"
     monkeypatch.setenv("HF_TOKEN", CANARY)
