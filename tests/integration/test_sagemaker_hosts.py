@@ -259,11 +259,20 @@ def test_the_nodes_of_a_slurm_step_share_the_launcher_and_must_share_a_disk(net)
 @pytest.mark.timeout(600)
 def test_a_job_of_two_instances_stops_goes_on_and_loses_one(net, record_property):
     """SIGTERM to both saves; the same job again goes on from there, loses an instance, and ends with the model."""
+    saved, saved_after = stopped(net)
+    attempts = gone_on(net, saved)
+    record_property("sagemaker", f"saved at step {saved}, {saved_after:.1f} s after SIGTERM; attempts from {attempts}")
+    print(f"saved at step {saved}, {saved_after:.1f} s after SIGTERM; attempts from {attempts}")
+    nothing_tells_a_secret(net)
+
+
+def stopped(net: Network) -> tuple[int, float]:
+    """The step that was saved, and the seconds until the job was over."""
     a, b = net[FIRST], net[SECOND]
     for host in (a, b):
         configure(host, num_workers=2)
     head, other = start(a, "stopped.log"), start(b, "stopped.log")
-    wait_for(lambda: steps_in(text(a, "stopped.log")) >= STOPPED_AFTER or head.poll() is not None, 150)
+    wait_for(lambda: steps_in(text(a, "stopped.log")) >= STOPPED_AFTER or head.poll() is not None, 200)
     assert head.poll() is None, text(a, "stopped.log")
     for host in (a, b):
         signalled(host, "sagemaker_entry")
@@ -277,15 +286,20 @@ def test_a_job_of_two_instances_stops_goes_on_and_loses_one(net, record_property
     assert found["result"]["status"] == "stopped" and found["result"]["steps"] == saved
     assert {worker["node"] for worker in found["events"][0]["workers"]} == set(ADDRESS.values())
     assert not a.path("ml/output/failure").exists() and not list(a.path("ml").glob("model/*"))
+    return saved, saved_after
 
+
+def gone_on(net: Network, saved: int) -> list[int]:
+    """The steps from which the attempts of the run went on."""
+    a, b = net[FIRST], net[SECOND]
     for host in (a, b):
         shutil.rmtree(host.path(".cache/manta"), ignore_errors=True)  # new instances have none
         configure(host, num_workers="1:2", resize_check_s=600)
     head, other = start(a, "again.log"), start(b, "again.log")
-    wait_for(lambda: steps_in(text(a, "again.log")) > saved + 10 or head.poll() is not None, 150)
+    wait_for(lambda: steps_in(text(a, "again.log")) > saved + 10 or head.poll() is not None, 200)
     assert head.poll() is None, text(a, "again.log")
     b.lose()
-    assert end(head, a, "again.log", 200) == 0, text(a, "again.log")
+    assert end(head, a, "again.log", 250) == 0, text(a, "again.log")
     other.wait(30)
     found = report(a)
     attempts = [event for event in found["events"] if event["kind"] == "attempt"]
@@ -297,9 +311,12 @@ def test_a_job_of_two_instances_stops_goes_on_and_loses_one(net, record_property
     )
     assert "Qwen3ForCausalLM" in a.run([PYTHON, "-c", loads, str(WORK / "ml/model")])
     assert not a.path("ml/output/failure").exists()
-    record_property("sagemaker", f"saved at step {saved}, {saved_after:.1f} s after SIGTERM")
-    print(f"saved at step {saved}, {saved_after:.1f} s after SIGTERM; attempts {[e['step'] for e in attempts]}")
+    return [each["step"] for each in attempts]
 
+
+def nothing_tells_a_secret(net: Network) -> None:
+    a = net[FIRST]
+    found = report(a)
     assert found["files"] > 10 and found["secrets"] == []
     places = (a.path("."), a.root / "tmp" / "ray")
     written = [file for place in places for file in place.rglob("*") if file.is_file() and not file.is_symlink()]
