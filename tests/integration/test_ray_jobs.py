@@ -31,7 +31,7 @@ from running import CANARY, small_config
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-STEPS, SAVE = 240, 20
+STEPS, SAVE = 150, 10
 ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -128,7 +128,14 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
     from ray.job_submission import JobSubmissionClient
 
     config = small_config(
-        tmp_path, run_name="numbers", max_steps=STEPS, save_steps=SAVE, eval_steps=0, nominal_workers=2, num_workers=2
+        tmp_path,
+        run_name="numbers",
+        max_steps=STEPS,
+        save_steps=SAVE,
+        eval_steps=0,
+        nominal_workers=2,
+        num_workers=2,
+        spare_workers=False,
     )
     launch = LaunchConfig.from_dict(
         {

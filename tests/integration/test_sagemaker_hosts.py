@@ -121,6 +121,7 @@ def configure(host: Host, **settings: Any) -> None:
         save_steps=1000,
         eval_steps=0,
         nominal_workers=2,
+        spare_workers=False,
         **settings,
     )
     about = host.path("ml/input/config")
