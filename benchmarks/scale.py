@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -226,9 +227,9 @@ def light(config: dict[str, Any]) -> dict[str, Any]:
         mailbox.put.remote({"kind": "step", "step": step, "rank": rank, "tokens": 100})
         if rank == 0 and step % 10 == 0:
             mailbox.put.remote({"kind": "log", "step": step, "attempt": 1, "loss": 1.0})
-        if asked is not None:  # the word is asked for one step ahead
+        if asked is not None:  # the first rank asks for the word, one step ahead
             ray.get(asked)
-        asked = mailbox.wanted.remote()
+        asked = mailbox.wanted.remote() if rank == 0 else None
     return {"seconds": time.perf_counter() - begun}
 
 
@@ -244,15 +245,29 @@ def measure(workers: int, steps: int, step_s: float) -> dict[str, Any]:
     from manta.controller import Supervisor
     from manta.progress import Display, Monitor, open_mailbox
 
-    mailbox, name = open_mailbox(Attempts(Policy(2, 2, 1)))
-    pids = {"mailbox": ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid()))}
+    mailbox, name = open_mailbox(Attempts(Policy(2, 2, 1, halve=True)))
+    actor = psutil.Process(ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid())))
+
+    def used() -> tuple[float, float]:
+        there = actor.cpu_times()
+        return time.process_time(), there.user + there.system
+
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
         console = Console(file=null)
-        before = time.process_time()
         with (
             Display("scale", steps, console) as display,
             Monitor(mailbox, Path(folder) / "events", Path(folder) / "metrics", display) as monitor,
         ):
+            samples: list[tuple[float, float]] = []
+
+            def sample() -> None:  # from the first step to the last one: starting is another matter
+                for reached in (1, workers * steps):
+                    while monitor.tokens // 100 < reached:
+                        time.sleep(0.05)
+                    samples.append(used())
+
+            watch = threading.Thread(target=sample, daemon=True)
+            watch.start()
             began = time.perf_counter()
             result = DataParallelTrainer(
                 light,
@@ -261,17 +276,16 @@ def measure(workers: int, steps: int, step_s: float) -> dict[str, Any]:
                 run_config=RunConfig(name="scale", storage_path=folder, callbacks=[Supervisor(name)]),
             ).fit()
             wall = time.perf_counter() - began
-        driver = time.process_time() - before
-        seconds = result.return_value["seconds"]
-        actor = psutil.Process(pids["mailbox"]).cpu_times()
-        count = monitor.tokens // 100
+            watch.join(30)
+        seconds, count = result.return_value["seconds"], monitor.tokens // 100
     assert count == workers * steps, (count, workers, steps)
+    (driver_before, mailbox_before), (driver_after, mailbox_after) = samples
     return {
         "workers": workers,
         "steps": steps,
         "step_ms": round(1000 * seconds / steps, 2),
-        "driver_cpu_ms_per_step": round(1000 * driver / steps, 3),
-        "mailbox_cpu_ms_per_step": round(1000 * (actor.user + actor.system) / steps, 3),
+        "driver_cpu_ms_per_step": round(1000 * (driver_after - driver_before) / steps, 3),
+        "mailbox_cpu_ms_per_step": round(1000 * (mailbox_after - mailbox_before) / steps, 3),
         "around_s": round(wall - seconds, 1),
     }
 
