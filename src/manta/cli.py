@@ -15,9 +15,14 @@ import click
 from pydantic.fields import FieldInfo
 
 from manta import __version__
-from manta.config import Config, HFDatasetConfig, merged, nested, read_recipe
+from manta.cli_convert import convert
+from manta.cli_evaluate import evaluate
+from manta.cli_options import console
+from manta.cli_serve import chat, serve
+from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
 from manta.launch.command import launch_group
+from manta.recipe import merged, nested, read_recipe
 
 # First field of each section of `manta train --help`.
 SECTIONS = {
@@ -31,7 +36,6 @@ SECTIONS = {
     "results_dir": "Output",
 }
 
-
 # What libraries say by themselves; one display of ours stands for all. Set a variable yourself to hear them again.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -39,7 +43,6 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
 
 # Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
 ASKED_TO_STOP = 75
@@ -184,7 +187,7 @@ def _inspect(prepared: str | None, samples: int, rows: list[int], split: str, ht
     folder = Prepared(storage.place(prepared)) if prepared else prepared_by(config)
     wanted = samples if html is None else max(samples, inspection.ON_PAGE)
     found = inspection.inspect(folder.fetched(), config, wanted, rows, split)
-    inspection.show(found, _console(), samples)
+    inspection.show(found, console(), samples)
     if html:
         inspection.write_html(found, Path(html))
         click.echo(f"page: {html}")
@@ -209,71 +212,8 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-RUN = click.option(
-    "--run", metavar="FOLDER", help="The run; default: the only one of --base_model in --checkpoints_dir"
-)
-BASE_MODEL = click.option("--base_model", metavar="TEXT", help="The model that was tuned, as it was given to train")
-CHECKPOINTS_DIR = click.option("--checkpoints_dir", default="results", help="Folder of all runs  ['results']")
-FULL_FT = click.option(
-    "--full_ft", type=bool, is_flag=False, flag_value=True, help="Look at full fine-tuning runs only"
-)
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute")
-
-
-@main.command()
-@RUN
-@BASE_MODEL
-@CHECKPOINTS_DIR
-@FULL_FT
-@click.option("--output_dir", metavar="FOLDER", help="Where to write; default: export (or adapter) in the run's folder")
-@click.option("--no_merge", type=bool, is_flag=False, flag_value=True, default=False, help="Keep a LoRA adapter apart")
-def convert(
-    run: str | None,
-    base_model: str | None,
-    checkpoints_dir: str,
-    full_ft: bool | None,
-    output_dir: str | None,
-    no_merge: bool,
-) -> None:
-    """Write a run's best checkpoint as a Hugging Face model folder."""
-    from manta import runs, storage
-    from manta.convert import convert as convert_run
-
-    found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-    click.echo(convert_run(found, storage.place(output_dir) if output_dir else None, merge=not no_merge))
-
-
-@main.command()
-@RUN
-@BASE_MODEL
-@CHECKPOINTS_DIR
-@FULL_FT
-@DEVICE
-@click.option("--test_path", metavar="FILE", help="JSONL with input and output; default: the run's own test split")
-@click.option("--max_samples", type=click.IntRange(1), default=1024, help="Most rows to score  [1024]")
-@click.option("--max_tokens", type=click.IntRange(1), default=512, help="Most tokens of one answer  [512]")
-@click.option("--batch_size", type=click.IntRange(1), default=128, help="Rows generated at once  [128]")
-@click.option("--temperature", type=click.FloatRange(0), default=0.1, help="0: always the likeliest token  [0.1]")
-@click.option("--top_p", type=click.FloatRange(0, 1), default=0.95, help="Sample from this much probability  [0.95]")
-@click.option("--top_k", type=int, default=-1, help="Sample from the k likeliest; -1: all  [-1]")
-@click.option("--max_model_len", type=click.IntRange(2), default=8192, help="Longest prompt and answer  [8192]")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", help="Precision  [auto]")
-@click.option("--tensor_parallel_size", type=int, help="Accepted for the guide's sake; for vLLM only")
-@click.option("--gpu_memory_utilization", type=float, help="Accepted for the guide's sake; for vLLM only")
-def evaluate(
-    run: str | None, base_model: str | None, checkpoints_dir: str, full_ft: bool | None, **options: Any
-) -> None:
-    """Score the base model and the tuned one on the held-out test split: loss and exact match."""
-    from manta import runs
-    from manta.evaluate import Sampling, print_table
-    from manta.evaluate import evaluate as evaluate_run
-
-    for name in ("tensor_parallel_size", "gpu_memory_utilization"):
-        if options.pop(name) is not None:
-            click.echo(f"manta: --{name} has no effect: answers come from transformers, not vLLM.", err=True)
-    found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-    where = {name: options.pop(name) for name in ("test_path", "max_samples", "batch_size", "device", "dtype")}
-    print_table(evaluate_run(found, sampling=Sampling(**options), **where))
+for _command in (convert, evaluate, serve, chat):
+    main.add_command(_command)
 
 
 @main.command()
@@ -301,7 +241,7 @@ def runs_list(results_dir: str) -> None:
     """One line per run in a folder of runs."""
     from manta import history, storage
 
-    history.print_runs(storage.place(results_dir), _console())
+    history.print_runs(storage.place(results_dir), console())
 
 
 @runs.command("show")
@@ -311,7 +251,7 @@ def runs_show(run: str) -> None:
     from manta import history
     from manta.runs import open_run
 
-    history.print_run(open_run(run), _console())
+    history.print_run(open_run(run), console())
 
 
 @runs.command("verify")
@@ -321,7 +261,7 @@ def runs_verify(run: str) -> None:
     from manta import history
     from manta.runs import open_run
 
-    sys.exit(history.verify(open_run(run), _console()) > 0)
+    sys.exit(history.verify(open_run(run), console()) > 0)
 
 
 @runs.command("gc")
@@ -331,16 +271,10 @@ def runs_gc(where: str, dry_run: bool) -> None:
     """Delete unfinished and damaged checkpoints, ledgers of lost attempts, old copies here; not of a run in use."""
     from manta import garbage
 
-    garbage.collect(where, dry_run, _console())
+    garbage.collect(where, dry_run, console())
 
 
 main.add_command(launch_group(config_options(), option, config_from_flags))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
 
 
 def run_verb(verb: str) -> None:

@@ -94,11 +94,16 @@ def _knock(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
-def device(config: Config) -> str:
-    """cuda or cpu, as asked and as the cluster has it. Raises UserError if cuda is asked for and there is none."""
+def count(resource: str) -> int:
+    """How many of a resource, such as GPU, the cluster has."""
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return int(ray.cluster_resources().get(resource, 0))
+
+
+def device(config: Config) -> str:
+    """cuda or cpu, as asked and as the cluster has it. Raises UserError if cuda is asked for and there is none."""
+    gpus = count("GPU")
     if config.device == "cuda" and not gpus:
         raise UserError("--device cuda, but the Ray cluster has no GPU. Use --device cpu, or join a cluster with GPUs.")
     if config.device == "auto":
@@ -108,10 +113,8 @@ def device(config: Config) -> str:
 
 def workers(config: Config, on: str) -> tuple[int, int]:
     """The fewest and the most workers to run with: as asked, else one per GPU, else 1."""
-    import ray
-
-    count = int(ray.cluster_resources().get("GPU", 0)) if on == "cuda" else 1
-    return config.worker_range or (count, count)
+    default = count("GPU") if on == "cuda" else 1
+    return config.worker_range or (default, default)
 
 
 def resources_per_worker(config: Config, on: str) -> dict[str, float]:
@@ -119,8 +122,8 @@ def resources_per_worker(config: Config, on: str) -> dict[str, float]:
     return config.resources_per_worker or ({"CPU": 1.0, "GPU": 1.0} if on == "cuda" else {"CPU": 1.0})
 
 
-def check_fits(count: int, each: dict[str, float], placement: str = "SPREAD") -> None:
-    """Raises UserError if the cluster's nodes cannot hold `count` workers, which Ray would wait for without an end."""
+def check_fits(wanted: int, each: dict[str, float], placement: str = "SPREAD") -> None:
+    """Raises UserError if the cluster's nodes cannot hold `wanted` workers, which Ray would wait for without an end."""
     nodes = [node["Resources"] for node in living_nodes()]
     per_node = [min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes]
     room, how = sum(per_node), ""
@@ -128,11 +131,24 @@ def check_fits(count: int, each: dict[str, float], placement: str = "SPREAD") ->
         room, how = sum(map(bool, per_node)), ", one on each node"
     elif placement == "STRICT_PACK":
         room, how = max(per_node, default=0), ", all on one node"
-    if room < count:
+    if room < wanted:
         total = {name: sum(node.get(name, 0) for node in nodes) for name in each}
         raise UserError(
-            f"{count} workers × {each}{how} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
+            f"{wanted} workers × {each}{how} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
             "Lower --num_workers or --resources_per_worker."
+        )
+
+
+def check_room_beside(wanted: int, each: dict[str, float], beside: dict[str, float]) -> None:
+    """Raises UserError if the cluster has less than `beside` in all besides `wanted` workers: it would never start."""
+    import ray
+
+    total = ray.cluster_resources()
+    need = {name: wanted * each.get(name, 0) + amount for name, amount in beside.items()}
+    if short := {name: total.get(name, 0) for name, amount in need.items() if total.get(name, 0) < amount}:
+        raise UserError(
+            f"metric_for_best needs {beside} beside {wanted} workers × {each}, but the cluster has {short}. Lower "
+            "--num_workers or --validation_resources, or choose --metric_for_best eval_loss."
         )
 
 

@@ -12,15 +12,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manta import manifest, storage
 from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json, without_password
 from manta.errors import ConfigError
+from manta.recipe import merged, read_recipe
 
+Metric = Literal["eval_loss", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"]
+GENERATED = frozenset(get_args(Metric)) - {"eval_loss"}  # figures of answers
 ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 
@@ -87,10 +89,22 @@ class Config(BaseModel):
     logging_steps: int = Field(10, ge=1, description="Steps between log lines")
     eval_steps: int = Field(100, ge=0, description="Steps between evaluations; 0: never, which ends early stopping too")
     max_eval_samples: int = Field(640, ge=1, description="Most validation rows per evaluation")
+    metric_for_best: Metric = Field(
+        "eval_loss",
+        description="eval_loss, or a figure of answers generated beside training: exact_match, rouge1, rouge2, rougeL, "
+        "bleu, chrf",
+    )
+    validation_samples: int = Field(64, ge=1, description="Validation rows that are answered for such a figure")
+    validation_max_tokens: int = Field(128, ge=1, description="Most tokens of one such answer")
+    validation_resources: dict[str, float] = Field(
+        default_factory=dict, description="JSON: what answering reserves beside the workers; default: what one does"
+    )
     early_stopping_patience: int = Field(
         3, ge=0, description="Evaluations without improvement before the end; 0: never"
     )
-    early_stopping_threshold: float = Field(0.001, ge=0, description="Smallest fall of eval_loss that is improvement")
+    early_stopping_threshold: float = Field(
+        0.001, ge=0, description="Smallest change of metric_for_best that is improvement"
+    )
     save_steps: int = Field(100, ge=1, description="Steps between checkpoints; a best one is saved besides")
     save_total_limit: int = Field(2, ge=1, description="Best checkpoints kept; the newest is kept besides")
     async_save: bool = Field(True, description="Write checkpoints beside training instead of waiting for them")
@@ -174,7 +188,7 @@ class Config(BaseModel):
     report_to: str = Field("none", min_length=1, description="tensorboard, wandb, mlflow (comma-separated), or none")
     use_wandb: bool = Field(False, description="Same as adding wandb to --report_to")
 
-    @field_validator("resources_per_worker", "chat_template_kwargs", "lint", mode="before")
+    @field_validator("resources_per_worker", "validation_resources", "chat_template_kwargs", "lint", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         return parse_json(value)
@@ -214,6 +228,11 @@ class Config(BaseModel):
             )
         if self.objective == "cpt" and not self.hf_dataset_config.output_template:
             raise ValueError("objective cpt trains on output_template; set it, such as {text}")
+        if self.metric_for_best != "eval_loss" and (self.objective == "cpt" or not self.evaluates):
+            raise ValueError(
+                f"metric_for_best {self.metric_for_best} compares answers with those of a validation split; it needs "
+                "objective sft, eval_steps above 0 and hf_dataset_config.train_split_ratio below 1"
+            )
         return self
 
     @property
@@ -280,7 +299,7 @@ NOT_SHAPING = frozenset(
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
         *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s", "bad_rows_limit", "lint"),
-        *("resize_check_s", "max_node_losses", "step_timeout_s", "out_of_memory", "non_finite"),
+        *("validation_resources", "resize_check_s", "max_node_losses", "step_timeout_s", "out_of_memory", "non_finite"),
     )
 )
 
@@ -289,40 +308,6 @@ def whole_path(name: str) -> str:
     """A local file or folder by its absolute path; any other name, such as one on the hub, as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A YAML file's settings, without its section `launch`, which says where a run goes. Raises ConfigError."""
-    return {key: value for key, value in read_yaml(path).items() if key != "launch"}
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
-    try:
-        values = yaml.safe_load(manifest.read_text(storage.place(path)))
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `setting: value` lines, not {type(values).__name__}.")
-    return values
-
-
-def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` on top; the nested data settings are merged key by key. Neither argument is altered."""
-    result = {**base, **overrides}
-    nested = [part.get("hf_dataset_config") for part in (base, overrides)]
-    if all(isinstance(part, Mapping) for part in nested):
-        result["hf_dataset_config"] = {**nested[0], **nested[1]}  # type: ignore[dict-item]
-    return result
-
-
-def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as settings: `hfdc_…` are those of the data."""
-    data = {name.removeprefix("hfdc_"): value for name, value in flags.items() if name.startswith("hfdc_")}
-    settings = {name: value for name, value in flags.items() if not name.startswith("hfdc_")}
-    return settings | ({"hf_dataset_config": data} if data else {})
 
 
 def did_you_mean(key: str) -> str:

@@ -103,12 +103,14 @@ def run_demo(folder: Path, num_workers: int = 2) -> dict[str, Any]:
             **shared,
         )
         result = train(tuning, console, title="2/2 LoRA")
-    tuned = Run(folder / "results" / "tune")
-    merged = convert(tuned)
-    report = evaluate(tuned, sampling=Sampling(max_tokens=8, temperature=0))
+        tuned = Run(folder / "results" / "tune")
+        merged = convert(tuned)
+        report = evaluate(tuned, sampling=Sampling(max_tokens=8, temperature=0), console=console)
     out = Console(highlight=False)
     print_summary(result, out)
     print_table(report, out)
+    page = tuned.path / "evaluation" / "report.html"
+    out.print(f"Page:         {page}", markup=False, soft_wrap=True)
     out.print(f"Merged model: {merged}\nThe demo took {time.time() - start:.0f} s.", markup=False, soft_wrap=True)
     return report
 

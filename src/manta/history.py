@@ -10,7 +10,7 @@ from rich.table import Table
 
 from manta import lease, manifest, storage
 from manta.errors import ConfigError
-from manta.runs import Run
+from manta.runs import METRIC, Run
 from manta.snapshot import DAMAGED
 
 
@@ -31,14 +31,18 @@ def print_runs(results_dir: Path, console: Console) -> None:
         title=f"{len(folders)} run{'s' * (len(folders) != 1)} in {results_dir}",
         title_justify="left",
     )
-    for heading in ("run", "state", "steps", "best eval_loss", "attempts", "last change"):
+    for heading in ("run", "state", "steps", "best", "attempts", "last change"):
         table.add_column(heading)
     for folder in sorted(folders, key=_changed):
         run = Run(folder)
-        latest, best = run.latest(), run.best()
-        loss = f"{best.eval_loss:.4f}" if best and best.metrics else ""
+        latest = run.latest()
+        value = run.best_value()
+        other = "" if run.metric == METRIC else f" {run.metric}"
+        figure = f"{value:.4f}{other}" if value is not None else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_changed(folder)))
-        table.add_row(run.name, state(run), str(latest.step if latest else 0), loss, str(len(run.world_sizes())), when)
+        table.add_row(
+            run.name, state(run), str(latest.step if latest else 0), figure, str(len(run.world_sizes())), when
+        )
     console.print(table)
 
 
@@ -68,11 +72,14 @@ def print_run(run: Run, console: Console) -> None:
             console.print(f"{when}  {event['text']}", markup=False, soft_wrap=True)
     if (result := run.result()) and result["failure"]:
         console.print(f"failed: {result['failure']}", markup=False, soft_wrap=True)
-    best, latest = run.best(), run.latest()
+    best, latest, told = run.best(), run.latest(), run.validations()
     for checkpoint in run.checkpoints():
         marks = [name for name, one in (("best", best), ("newest", latest)) if one and one.path == checkpoint.path]
-        loss = f"eval_loss {checkpoint.eval_loss:.4f}" if checkpoint.metrics else ""
-        console.print("  ".join(["", checkpoint.path.name, loss, ", ".join(marks)]).rstrip())
+        figures = dict(checkpoint.metrics)
+        if found := told.get(checkpoint.path.name):
+            figures[run.metric] = found[run.metric]
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        console.print("  ".join(["", checkpoint.path.name, shown, ", ".join(marks)]).rstrip())
 
 
 def verify(run: Run, console: Console) -> int:

@@ -22,6 +22,7 @@ from manta.data.shards import TOKENIZED
 from manta.data.source import SPLITS
 from manta.data.tokenize import IGNORE, load_tokenizer
 from manta.errors import UserError
+from manta.page import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,12 +135,9 @@ def show(inspection: Inspection, console: Console, samples: int) -> None:
 
 def write_html(inspection: Inspection, path: Path) -> None:
     """The same as one page that needs no network, in light and dark."""
-    from jinja2 import Environment
-
-    template = (Path(__file__).parent / "inspection.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    about = inspection.prepared.about
     path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(path, page.render(it=inspection, about=inspection.prepared.about, splits=SPLITS, mark=_mark))
+    manifest.write_text(path, render("inspection.html", it=inspection, about=about, splits=SPLITS, mark=_mark))
 
 
 def _figures(prepared: Prepared, about: dict[str, Any], split: str, batch: int) -> dict[str, Any]:

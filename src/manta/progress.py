@@ -18,7 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from manta.attempts import Attempts, Cause
+from manta.config import GENERATED
 from manta.jsonl import JsonLines
+from manta.patience import Patience
+from manta.runs import METRIC
 
 NAMESPACE = "manta"
 _POLL_S = 0.25
@@ -32,9 +35,9 @@ GO_ON, SAVE, STOP = 0, 1, 2
 class Mailbox:
     """Ray actor on the driver's node: a queue of messages, what workers are asked to do, and the judge of failures."""
 
-    def __init__(self, attempts: Attempts) -> None:
+    def __init__(self, attempts: Attempts, metric: str, patience: Patience | None) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.attempts = attempts
+        self.attempts, self.metric, self.patience = attempts, metric, patience
         self.stop_wanted = self.save_wanted = False
         self.actors: dict[str, tuple[str, Any]] = {}
 
@@ -86,6 +89,14 @@ class Mailbox:
         """Called by the driver that was asked to end."""
         self.stop_wanted = True
 
+    def validated(self, found: dict[str, Any]) -> None:
+        """Called with the figures of a checkpoint's answers; they may end the run."""
+        self.put({"kind": "validation", **found})
+        if self.patience and self.patience.heard(found[self.metric]) and not self.stop_wanted:
+            text = f"stopped early: {self.metric} no longer rose above {self.patience.best:.4f}"
+            self.put({"kind": "note", "text": text})
+            self.stop_wanted = True
+
     def want_save(self) -> None:
         self.save_wanted = True
 
@@ -123,14 +134,14 @@ class Mailbox:
         return drained
 
 
-def open_mailbox(attempts: Attempts) -> tuple[Any, str]:
+def open_mailbox(attempts: Attempts, metric: str = METRIC, patience: Patience | None = None) -> tuple[Any, str]:
     """A mailbox by the driver and its name; it ends with its handle."""
     import ray
 
     name = f"mailbox-{uuid.uuid4().hex}"
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "label_selector": here}
-    return ray.remote(Mailbox).options(**options).remote(attempts), name
+    return ray.remote(Mailbox).options(**options).remote(attempts, metric, patience), name
 
 
 def find_mailbox(name: str | None) -> Any | None:
@@ -184,7 +195,7 @@ class Monitor:
         for message in messages:
             self._take(message)
         # What a killed driver must not take with it: how a checkpoint came about is written with it.
-        now = any(message["kind"] in ("attempt", "checkpoint") for message in messages)
+        now = any(message["kind"] in ("attempt", "checkpoint", "validation") for message in messages)
         for log in (self.events, self.metrics):
             if problem := log.flush(now):
                 self.display.note(problem)
@@ -252,6 +263,9 @@ class Display:
             self.note(message["text"])
         elif kind == "failure":
             self.note(f"attempt {message['attempt']} ended, {message['cause'].replace('_', ' ')}: {message['text']}")
+        elif kind == "validation":
+            told = ", ".join(f"{name} {message[name]:.4g}" for name in sorted(GENERATED & message.keys()))
+            self.note(f"answers of step {message['step']}: {told}")
         elif kind == "restart":
             self.note(f"the workers ended: {message['text']}")
         self._show(force=kind == "log" and "eval_loss" in message)

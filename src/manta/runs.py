@@ -26,7 +26,7 @@ from typing import Any
 
 from manta import manifest, storage
 from manta.config import Config, whole_path
-from manta.errors import UserError
+from manta.errors import ConfigError, UserError
 
 METRIC = "eval_loss"
 _PREFIX = "checkpoint_"
@@ -154,9 +154,38 @@ class Run:
     def latest(self) -> Checkpoint | None:
         return max(self.checkpoints(), key=lambda checkpoint: checkpoint.step, default=None)
 
+    @property
+    def metric(self) -> str:
+        """What the best checkpoint is best in."""
+        try:
+            return self.config().metric_for_best
+        except ConfigError:  # of another version of Manta
+            return METRIC
+
+    def validations(self) -> dict[str, dict[str, Any]]:
+        """Figures of generated answers, by the checkpoint's name; see `validation`."""
+        return {event["checkpoint"]: event for event in self.events() if event["kind"] == "validation"}
+
+    def ranked(self) -> list[Checkpoint]:
+        """Complete checkpoints, the best in `metric` first; without any figure, the newest."""
+        metric, found = self.metric, self.checkpoints()
+        told = {} if metric == METRIC else self.validations()
+
+        def rank(checkpoint: Checkpoint) -> tuple[float, float, int]:
+            worth = told.get(checkpoint.path.name, {}).get(metric, -math.inf)
+            return -worth if told else 0.0, checkpoint.eval_loss, -checkpoint.step
+
+        return sorted(found, key=rank)
+
     def best(self) -> Checkpoint | None:
-        """Lowest eval_loss; without any evaluation, the newest."""
-        return min(self.checkpoints(), key=lambda found: (found.eval_loss, -found.step), default=None)
+        return next(iter(self.ranked()), None)
+
+    def best_value(self) -> float | None:
+        """The best checkpoint's figure in `metric`, if it has one."""
+        best = self.best()
+        if best is None:
+            return None
+        return (best.metrics if self.metric == METRIC else self.validations().get(best.path.name, {})).get(self.metric)
 
     def remove_unfinished(self) -> list[str]:
         """Delete checkpoint folders that a killed worker left without a manifest; returns their names."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from manta import manifest, storage
+from manta.config import GENERATED
 from manta.runs import METRIC, Checkpoint, Run
 
 NAME = "checkpoint_manager_snapshot.json"
@@ -35,7 +36,7 @@ def repair(run: Run) -> list[str]:
     if listed is None and not path.exists() and not whole:
         return done
     if listed is None or listed.get("ray_version") != ray.__version__ or _names(listed) != {c.path.name for c in whole}:
-        manifest.write_json(path, _listing(whole, ray.__version__))
+        manifest.write_json(path, _listing(run, ray.__version__))
         done.append(f"Ray's list of checkpoints is made anew from {len(whole)} manifests")
     return done
 
@@ -50,15 +51,16 @@ def _names(listed: dict[str, Any]) -> set[str] | None:
         return None
 
 
-def _listing(whole: list[Checkpoint], version: str) -> dict[str, Any]:
+def _listing(run: Run, version: str) -> dict[str, Any]:
     """Ray keeps results from the worst to the best, and for each which report it came with."""
-    by_step = sorted(whole, key=lambda checkpoint: checkpoint.step)
-    by_score = sorted(by_step, key=lambda checkpoint: -checkpoint.eval_loss)
+    by_score = run.ranked()[::-1]
+    by_step = sorted(by_score, key=lambda checkpoint: checkpoint.step)
+    told = run.validations()
     return {
         "ray_version": version,
-        "checkpoint_results": [_result(checkpoint) for checkpoint in by_score],
+        "checkpoint_results": [_result(checkpoint, told) for checkpoint in by_score],
         "checkpoint_report_indices": [by_step.index(checkpoint) for checkpoint in by_score],
-        "latest_checkpoint_result": _result(by_step[-1]) if by_step else None,
+        "latest_checkpoint_result": _result(by_step[-1], told) if by_step else None,
         "pending_training_results": [],
         "pending_validation_specs": [],
         "current_report_index": len(by_step),
@@ -68,8 +70,10 @@ def _listing(whole: list[Checkpoint], version: str) -> dict[str, Any]:
     }
 
 
-def _result(checkpoint: Checkpoint) -> dict[str, Any]:
+def _result(checkpoint: Checkpoint, told: dict[str, dict[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"step": checkpoint.step}
     if METRIC in checkpoint.metrics:
         metrics[METRIC] = checkpoint.metrics[METRIC]
+    for name in GENERATED & told.get(checkpoint.path.name, {}).keys():
+        metrics[name] = told[checkpoint.path.name][name]
     return {"version": 0, "checkpoint_dir_name": checkpoint.path.name, "metrics": metrics}

@@ -20,6 +20,7 @@ from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
+from manta.patience import Patience
 from manta.preparation import absolute, check_data, make
 from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
@@ -126,7 +127,10 @@ def _place(config: Config) -> Config:
     if config.use_liger_kernel and on == "cpu":
         raise ConfigError("use_liger_kernel needs a GPU: its kernels do not run on CPU. Leave it out.")
     fewest, most = cluster.workers(config, on)
-    cluster.check_fits(fewest, cluster.resources_per_worker(config, on), config.placement_strategy)
+    each = cluster.resources_per_worker(config, on)
+    cluster.check_fits(fewest, each, config.placement_strategy)
+    if config.metric_for_best != METRIC:
+        cluster.check_room_beside(most, each, _validator(config, on))
     return config.model_copy(
         update={
             "device": on,
@@ -134,6 +138,11 @@ def _place(config: Config) -> Config:
             "nominal_workers": config.nominal_workers or most,
         }
     )
+
+
+def _validator(config: Config, on: str) -> dict[str, float]:
+    """What answering beside training reserves."""
+    return config.validation_resources or cluster.resources_per_worker(config, on)
 
 
 def max_steps(config: Config, sequences: int) -> int:
@@ -151,7 +160,7 @@ def _fit(
     from ray.train import TrainingFailedError
 
     steps = max_steps(config, prepared.counts["training"]["sequences"])
-    mailbox, name = open_mailbox(_attempts(config, run))
+    mailbox, name = open_mailbox(_attempts(config, run), config.metric_for_best, _patience(config, run))
     outcome: dict[str, Any] = {}
     fit_started = time.time()
     with (
@@ -217,6 +226,16 @@ def _attempts(config: Config, run: Run) -> Attempts:
     )
 
 
+def _patience(config: Config, run: Run) -> Patience | None:
+    """As earlier drivers of the run left it; None where training itself knows the metric."""
+    if config.metric_for_best == METRIC:
+        return None
+    patience = Patience(config.early_stopping_patience, config.early_stopping_threshold)
+    for found in sorted(run.validations().values(), key=lambda event: event["step"]):
+        patience.heard(found[config.metric_for_best])
+    return patience
+
+
 def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -260,6 +279,7 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 },
             ),
         ),
+        **cast(Any, {"validation_config": _validation(config, run, prepared, mailbox)}),  # annotated in v2 only
         torch_config=ListeningTorchConfig(backend="nccl" if on == "cuda" else "gloo", timeout_s=config.torch_timeout_s),
         run_config=RunConfig(
             name=run.name,
@@ -272,12 +292,20 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
             callbacks=cast(Any, [Supervisor(mailbox)]),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
-                checkpoint_score_attribute=METRIC if config.evaluates else None,
-                checkpoint_score_order="min",
+                checkpoint_score_attribute=config.metric_for_best if config.evaluates else None,
+                checkpoint_score_order="min" if config.metric_for_best == METRIC else "max",
             ),
             **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
         ),
     )
+
+
+def _validation(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
+    if config.metric_for_best == METRIC:
+        return None
+    from manta import validation
+
+    return validation.for_ray(config, run, prepared, mailbox, _validator(config, config.device))
 
 
 def _summarize(
@@ -298,8 +326,8 @@ def _summarize(
         "max_steps": steps,
         "asked_to_stop": asked,
         "stopped_early": not failure and not stopped and done < steps,
-        "metric": METRIC,
-        "best_metric": outcome.get("best_eval_loss"),
+        "metric": config.metric_for_best,
+        "best_metric": outcome.get("best_eval_loss") if config.metric_for_best == METRIC else run.best_value(),
         "best_checkpoint": str(best.path) if best else None,
         "latest_checkpoint": str(latest.path) if latest else None,
         "train_loss": outcome.get("train_loss"),

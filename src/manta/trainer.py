@@ -6,6 +6,7 @@ The loop itself is the library's. What is overridden, and why, stands at each me
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -218,11 +219,14 @@ class MantaTrainer(Trainer):
             "world_size": self.args.world_size,
             "config_fingerprint": self.fingerprint,
         }
+        began = time.perf_counter()
         taken = checkpoint.snapshot(
             self.model, self.plain_optimizer(), self.lr_scheduler, self.state_to_save(), position
         )
         entries = self.entries_since_checkpoint()
+        listed_s = time.perf_counter() - began
         self.saver.save(checkpoint_path(self.run.path, step, self.taken), taken, entries, about)
+        self.saver.stall_s += listed_s
 
     def state_to_save(self) -> Any:
         """The library's TrainerState, with the state of its callbacks."""

@@ -161,13 +161,14 @@ def make_trainer(
         validation = Rows(validation.select(picked, keep_in_memory=True))
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
+    by_answers = config.metric_for_best != METRIC
     callbacks: list[Any] = [
         StopOnRequestCallback(mailbox, run),
-        SaveOnBestMetricCallback(),
+        SaveOnBestMetricCallback(every=by_answers),
         SaveForResumeCallback(config.save_steps, config.stop_at_step, config.evaluates),
-        RayTrainReportCallback(saver),
+        RayTrainReportCallback(saver, validates=by_answers and mailbox is not None),
     ]
-    if config.evaluates and config.early_stopping_patience:
+    if config.evaluates and config.early_stopping_patience and not by_answers:
         patience = EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold)
         callbacks.insert(0, patience)
     trainer = MantaTrainer(

@@ -20,7 +20,7 @@ from manta import history, lease, ledger, runs, storage
 from manta.convert import convert
 from manta.data.prepare import Prepared
 from manta.errors import UserError
-from manta.evaluate import Sampling, evaluate
+from manta.evaluate import Sampling, Where, evaluate
 from manta.manifest import damage
 from manta.runs import Run
 from manta.train import train
@@ -115,7 +115,7 @@ def test_killed_and_resumed_on_a_store_ends_as_undisturbed_on_a_disk(full_ft, bu
 
     export = convert(run)
     assert str(export) == f"{bucket}/runs/run/export" and damage(export) is None
-    report = evaluate(run, max_samples=4, sampling=Sampling(max_tokens=4), device="cpu")
+    report = evaluate(run, max_samples=4, sampling=Sampling(max_tokens=4), where=Where(device="cpu"))
     assert json.loads((run.path / "evaluation" / "metrics.json").read_text()) == report
-    at_home = evaluate(before, max_samples=4, sampling=Sampling(max_tokens=4), device="cpu")
+    at_home = evaluate(before, max_samples=4, sampling=Sampling(max_tokens=4), where=Where(device="cpu"))
     assert report["models"]["tuned"]["loss"] == pytest.approx(at_home["models"]["tuned"]["loss"], abs=1e-4)

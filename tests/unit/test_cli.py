@@ -10,7 +10,7 @@ from manta.config import Config
 from manta.dataset_config import HFDatasetConfig, LintConfig
 from manta.errors import ConfigError
 
-VERBS = ("train", "prepare", "convert", "evaluate", "demo", "launch")
+VERBS = ("train", "prepare", "convert", "evaluate", "demo", "serve", "chat", "launch")
 
 
 def flags(*arguments: str) -> Config:
@@ -34,14 +34,16 @@ def test_help_imports_nothing_heavy_and_is_quick(verb):
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'datasets') if name in sys.modules])"
     )
-    seconds = []
-    for _ in range(3):  # the quickest of three: other processes may be using the machine
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == "[]"
-        assert "Usage:" in done.stdout
-    assert min(seconds) < 0.7
+    ours, bare = [], []
+    for _ in range(4):  # the quickest of four, in turns: other processes may be using the machine
+        for seconds, code in ((ours, program), (bare, "import click, pydantic, upath, yaml")):
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            seconds.append(time.perf_counter() - start)
+            if seconds is ours:
+                assert done.stdout.splitlines()[-1] == "[]"
+                assert "Usage:" in done.stdout
+    assert min(ours) < 4 * min(bare)
 
 
 def test_every_setting_has_a_flag_with_its_help():

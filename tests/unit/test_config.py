@@ -67,6 +67,9 @@ GUIDE_DATA = {
 
 # One other valid value per setting; together they name every setting, so that a new one must take a side.
 SHAPING = {
+    "metric_for_best": "rougeL",
+    "validation_samples": 7,
+    "validation_max_tokens": 7,
     "hf_model_id": "Qwen/Qwen3-0.6B",
     "dtype": "bfloat16",
     "use_liger_kernel": True,
@@ -116,6 +119,7 @@ SHAPING_DATA = {
     "mixture": ({"dataset_name": "other", "weight": 2},),
 }
 ELSEWHERE = {
+    "validation_resources": {"CPU": 2.0},
     "trust_remote_code": True,
     "attn_implementation": "eager",
     "gradient_checkpointing": False,
@@ -177,7 +181,7 @@ def test_every_setting_has_one_line_of_help():
 
 
 def test_every_setting_survives_to_dict_and_from_dict():
-    changed = {**SHAPING, **ELSEWHERE, "hf_dataset_config": SHAPING_DATA}
+    changed = {**SHAPING, **ELSEWHERE, "objective": "sft", "hf_dataset_config": SHAPING_DATA}
     for config in (Config(), Config.from_dict(changed)):
         values = config.to_dict()
         assert Config.from_dict(values) == config

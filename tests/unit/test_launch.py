@@ -154,7 +154,9 @@ def test_the_operators_rules_are_checked_here(breach, says):
 def test_an_attempt_of_a_rayjob_has_the_same_run_and_the_name_fits():
     first, again = manifest(), manifest("--retries", "7")
     assert recipe_of(first) == recipe_of(again) and again["spec"]["backoffLimit"] == 7
-    assert recipe_of(first)["run_name"] == job.default_name(Config.load(RECIPE))
+    assert recipe_of(first)["run_name"] == "qwen3-8b-dolly"
+    unnamed = job.placed(Config(), LaunchConfig(), 8)
+    assert unnamed.run_name == job.default_name(Config()) and unnamed.num_workers == 8
     assert not set(first["spec"]["entrypoint"]) & set("&|;'\"$\\\n")  # two shells read it
     long = manifest("--run_name", "A_very.long-" * 6)
     assert len(long["metadata"]["name"]) <= 47 and re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", long["metadata"]["name"])
@@ -332,7 +334,7 @@ def test_an_endpoint_is_made_in_three_calls(sent):
     name = shown["create_endpoint"]["EndpointName"]
     assert boto3.client("sagemaker").describe_endpoint(EndpointName=name)["EndpointConfigName"] == name
     source = shown["create_model"]["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
-    assert source["S3Uri"] == f"s3://bucket/runs/{job.default_name(Config.load(RECIPE))}/export/"
+    assert source["S3Uri"] == "s3://bucket/runs/qwen3-8b-dolly/export/"
 
     for arguments, place in (
         (["--job_name", "numbers-1"], "s3://bucket/runs/sagemaker/numbers-1/output/model/"),

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from manta import storage
-from manta.config import Config, nested
+from manta.config import Config
 from manta.errors import UserError
 from manta.launch import rendezvous, supervise
 from manta.launch.rendezvous import Hosts
 from manta.launch.supervise import Outcome, Stop, say
 from manta.manifest import write_text
+from manta.recipe import nested
 from manta.runs import default_name
 
 ROOT = "MANTA_SAGEMAKER_ROOT"

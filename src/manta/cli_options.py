@@ -1,0 +1,33 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from manta.runs import Run
+
+RUN = click.option(
+    "--run", metavar="FOLDER", help="The run; default: the only one of --base_model in --checkpoints_dir"
+)
+BASE_MODEL = click.option("--base_model", metavar="TEXT", help="The model that was tuned, as it was given to train")
+CHECKPOINTS_DIR = click.option("--checkpoints_dir", default="results", help="Folder of all runs  ['results']")
+FULL_FT = click.option(
+    "--full_ft", type=bool, is_flag=False, flag_value=True, help="Look at full fine-tuning runs only"
+)
+
+
+def run_of(run: str | None, base_model: str | None, checkpoints_dir: str, full_ft: bool | None) -> Run:
+    """The run that these options name. Raises UserError if there is none, or more than one."""
+    from manta import runs
+
+    return runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
+
+
+def console() -> Any:
+    """Where verbs print what was asked for."""
+    from rich.console import Console
+
+    return Console(highlight=False)
