@@ -227,9 +227,9 @@ def light(config: dict[str, Any]) -> dict[str, Any]:
         mailbox.put.remote({"kind": "step", "step": step, "rank": rank, "tokens": 100})
         if rank == 0 and step % 10 == 0:
             mailbox.put.remote({"kind": "log", "step": step, "attempt": 1, "loss": 1.0})
-        if asked is not None:  # the first rank asks for the word, one step ahead
+        if asked is not None:  # one step ahead; every rank asks here, of Manta's only the first
             ray.get(asked)
-        asked = mailbox.wanted.remote() if rank == 0 else None
+        asked = mailbox.wanted.remote()
     return {"seconds": time.perf_counter() - begun}
 
 
