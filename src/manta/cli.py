@@ -21,7 +21,8 @@ from manta.cli_options import console
 from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
-from manta.recipe import merged, read_recipe
+from manta.launch.command import launch_group
+from manta.recipe import merged, nested, read_recipe
 
 # First field of each section of `manta train --help`.
 SECTIONS = {
@@ -112,13 +113,7 @@ def config_from_flags(flags: dict[str, Any], resumed: str | None = None) -> Conf
                 raise UserError(f"--resume names the run and its settings, so leave out --{name}.")
         recipe = str(run.config_file)
         given |= {"results_dir": str(run.path.parent), "run_name": run.name}
-    overrides: dict[str, Any] = {}
-    for name, value in given.items():
-        if name.startswith("hfdc_"):
-            overrides.setdefault("hf_dataset_config", {})[name.removeprefix("hfdc_")] = value
-        else:
-            overrides[name] = value
-    return Config.from_dict(merged(read_recipe(recipe) if recipe else {}, overrides))
+    return Config.from_dict(merged(read_recipe(recipe) if recipe else {}, nested(given)))
 
 
 class Manta(click.Group):
@@ -277,6 +272,9 @@ def runs_gc(where: str, dry_run: bool) -> None:
     from manta import garbage
 
     garbage.collect(where, dry_run, console())
+
+
+main.add_command(launch_group(config_options(), option, config_from_flags))
 
 
 def run_verb(verb: str) -> None:

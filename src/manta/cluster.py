@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from manta.config import Config
 from manta.errors import UserError
 
 # What Ray Train waits for, in seconds, set where the user has not; docs/faults.md says what follows from each.
-_TIMEOUTS = {
+TIMEOUTS = {
     # The controller looks for reports and failures this often; Ray's default of 2 s is the cost of each checkpoint.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # After a lost node Ray asks for the old number of workers this long before it counts what is there; default 60.
@@ -27,13 +29,16 @@ _TIMEOUTS = {
 _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
 # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
 _IDLE = {"num_workers_soft_limit": 64}
+SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
+# What is set where the command is typed, and holds for all workers: networks, and whether the hub is asked.
+_FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
     """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
-    for name, seconds in _TIMEOUTS.items():
+    for name, seconds in TIMEOUTS.items():
         os.environ.setdefault(name, seconds)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -48,7 +53,8 @@ def connected(config: Config) -> Iterator[None]:
         ray.init(
             address=address or "local",  # None would also take a cluster that somebody else left here
             include_dashboard=None if config.ray_address else False,
-            _system_config=None if address else _NODE_CHECKS | _IDLE,
+            _system_config=None if address else SYSTEM,
+            runtime_env={"env_vars": _for_the_controller()} if address else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -64,6 +70,21 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _for_the_controller() -> dict[str, str]:
+    """Train's controller runs somewhere on the cluster, whose processes know nothing of our variables.
+
+    Those of a Ray job are left out: Ray refuses to set a variable of one twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in TIMEOUTS if name not in given}
+
+
+def forwarded() -> dict[str, str]:
+    """Variables of this process that workers get on every node."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
 
 
 def _knock(address: str | None) -> None:
@@ -101,16 +122,19 @@ def resources_per_worker(config: Config, on: str) -> dict[str, float]:
     return config.resources_per_worker or ({"CPU": 1.0, "GPU": 1.0} if on == "cuda" else {"CPU": 1.0})
 
 
-def check_fits(wanted: int, each: dict[str, float]) -> None:
+def check_fits(wanted: int, each: dict[str, float], placement: str = "SPREAD") -> None:
     """Raises UserError if the cluster's nodes cannot hold `wanted` workers, which Ray would wait for without an end."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes)
+    nodes = [node["Resources"] for node in living_nodes()]
+    per_node = [min(int(node.get(name, 0) // amount) for name, amount in each.items() if amount) for node in nodes]
+    room, how = sum(per_node), ""
+    if placement == "STRICT_SPREAD":
+        room, how = sum(map(bool, per_node)), ", one on each node"
+    elif placement == "STRICT_PACK":
+        room, how = max(per_node, default=0), ", all on one node"
     if room < wanted:
         total = {name: sum(node.get(name, 0) for node in nodes) for name in each}
         raise UserError(
-            f"{wanted} workers × {each} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
+            f"{wanted} workers × {each}{how} asked, but the cluster has room for {room} ({len(nodes)} nodes, {total}). "
             "Lower --num_workers or --resources_per_worker."
         )
 
@@ -126,6 +150,13 @@ def check_room_beside(wanted: int, each: dict[str, float], beside: dict[str, flo
             f"metric_for_best needs {beside} beside {wanted} workers × {each}, but the cluster has {short}. Lower "
             "--num_workers or --validation_resources, or choose --metric_for_best eval_loss."
         )
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """As `ray.nodes()` describes them, without those that left or were lost."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_device_before_start(config: Config) -> None:

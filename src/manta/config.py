@@ -267,7 +267,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+            raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from error
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -319,11 +319,12 @@ def did_you_mean(key: str) -> str:
     return f" Did you mean {names[nearest[0]]}?" if nearest else " `manta train --help` lists them all."
 
 
-def _explain(problem: Any) -> str:
+def explain(problem: Any, show: bool = True) -> str:
+    """One of pydantic's errors as a line, with the value given if `show`."""
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
-    return f"{where}: {message} (got {given})" if where else message
+    return f"{where}: {message}{f' (got {given})' if show else ''}" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from manta.errors import ConfigError
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A YAML file's settings, without its section `launch`, which says where a run goes. Raises ConfigError."""
+    return {key: value for key, value in read_yaml(path).items() if key != "launch"}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's mapping. Raises ConfigError if it is missing or not a mapping."""
     try:
         values = yaml.safe_load(manifest.read_text(storage.place(path)))
@@ -32,3 +37,10 @@ def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
     if all(isinstance(part, Mapping) for part in nested):
         result["hf_dataset_config"] = {**nested[0], **nested[1]}  # type: ignore[dict-item]
     return result
+
+
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as settings: `hfdc_…` are those of the data."""
+    data = {name.removeprefix("hfdc_"): value for name, value in flags.items() if name.startswith("hfdc_")}
+    settings = {name: value for name, value in flags.items() if not name.startswith("hfdc_")}
+    return settings | ({"hf_dataset_config": data} if data else {})

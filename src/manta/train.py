@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, runs, snapshot, spares, storage
+from manta import __version__, cluster, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -79,6 +80,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         with phases("ray"):
             stack.enter_context(cluster.connected(config))
         config = _place(config)
+        nodes.check_storage([run.path.parent, prepared.path.parent])
         if job is not None:
             with phases("prepare"):
                 make(config, prepared, parts, job, console)
@@ -126,7 +128,7 @@ def _place(config: Config) -> Config:
         raise ConfigError("use_liger_kernel needs a GPU: its kernels do not run on CPU. Leave it out.")
     fewest, most = cluster.workers(config, on)
     each = cluster.resources_per_worker(config, on)
-    cluster.check_fits(fewest, each)
+    cluster.check_fits(fewest, each, config.placement_strategy)
     if config.metric_for_best != METRIC:
         cluster.check_room_beside(most, each, _validator(config, on))
     return config.model_copy(
@@ -250,9 +252,10 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
     threads = max(1, int(cluster.resources_per_worker(config, on).get("CPU", 1)))
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     if on == "cuda":
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment |= cluster.forwarded()
     if config.spare_workers:
         environment |= spares.environment()
     return TorchTrainer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from manta import cluster
@@ -33,6 +35,36 @@ def test_room_is_counted_per_node(ray_cluster):
         cluster.check_fits(3, {"CPU": 1})
     with pytest.raises(UserError, match="room for 0"):
         cluster.check_fits(1, {"CPU": 4, "GPU": 1})
+
+
+def test_room_is_counted_as_workers_are_placed(ray_cluster):
+    cluster.check_fits(1, {"CPU": 1}, "STRICT_SPREAD")
+    with pytest.raises(UserError, match="one on each node asked, but the cluster has room for 1"):
+        cluster.check_fits(2, {"CPU": 1}, "STRICT_SPREAD")
+    cluster.check_fits(2, {"CPU": 1}, "STRICT_PACK")
+    with pytest.raises(UserError, match="all on one node asked, but the cluster has room for 2"):
+        cluster.check_fits(3, {"CPU": 1}, "STRICT_PACK")
+
+
+def test_workers_get_the_drivers_networks_and_no_secret(tmp_path, monkeypatch):
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth7")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run, prepared = Run(tmp_path / "run"), Prepared(tmp_path)
+    trainer = _trainer(Config(device="cpu", num_workers=2), run, prepared, Lease(run), "mailbox")
+    environment = trainer.run_config.worker_runtime_env["env_vars"]
+    assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert "hf_secret" not in environment.values()
+
+
+def test_the_controllers_intervals_are_not_set_twice(monkeypatch):
+    """Ray refuses a driver of a job that sets a variable of the job's again."""
+    for name, value in cluster.TIMEOUTS.items():
+        monkeypatch.setenv(name, value)
+    assert cluster._for_the_controller() == cluster.TIMEOUTS
+    given = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": given}}))
+    assert cluster._for_the_controller().keys() == cluster.TIMEOUTS.keys() - given.keys()
 
 
 def test_workers_get_the_allocators_setting(tmp_path):

@@ -1,0 +1,1 @@
+"""The same run anywhere: what a target is given, and what runs on its hosts."""
