@@ -93,7 +93,8 @@ def local(catalog: Sequence[Weights], device: str, dtype: str) -> Iterator[Talke
     service = Service(catalog, engines, Settings(digest(key), ("127.0.0.1",)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(build(service), log_level="critical", lifespan="off"))
+        # No logging of uvicorn's: setting it up closes every handler there is, and absl's takes its stream with it.
+        server = uvicorn.Server(uvicorn.Config(build(service), log_config=None, log_level="critical", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started and thread.is_alive():
