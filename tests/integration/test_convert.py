@@ -176,6 +176,7 @@ def test_a_model_is_pushed_without_the_token_leaving_a_trace(lora, tmp_path):
     command = [Path(sys.executable).with_name("manta"), "convert", "--run", lora.path, "--output_dir", tmp_path / "out"]
     with hub_server() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+        environment.pop("HF_HUB_OFFLINE", None)
 
         def manta(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(

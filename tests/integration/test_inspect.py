@@ -110,6 +110,20 @@ def test_a_sample_is_told_by_colour_and_by_sign(folder, tmp_path, colour):
     assert "".join(piece.text for piece in pieces) == tokenizer.decode(sample["input_ids"])
 
 
+@pytest.mark.parametrize("packing", [[], ["--packing"]], ids=["samples", "packed"])
+def test_a_page_has_what_there_is_of_each_split(folder, tmp_path, packing):
+    rows = [{"question": f"{number}?", "answer": "yes " * (number % 7 + 1)} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "manta", "inspect", "--hf_model_id", str(folder / "base")]
+    command += ["--hfdc_dataset_name", str(tmp_path / "rows.jsonl"), "--hfdc_input_template", "{question}"]
+    command += ["--hfdc_output_template", "{answer}", "--html", "page.html", *packing]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "Lengths, training" in page and "Lengths, test" not in page  # of the test split no token is made
+    assert ("fill in padded batches of 2" in page) is not bool(packing)
+
+
 @needs_data
 @needs_browser
 def test_the_page_in_a_browser(folder, tmp_path):
