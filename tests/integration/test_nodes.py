@@ -50,7 +50,7 @@ def start(config: Config, address: str, folder: Path) -> subprocess.Popen[bytes]
         return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
-def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], Any], driver: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert driver.poll() is None and time.monotonic() < limit, log.read_text()

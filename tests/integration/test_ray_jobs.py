@@ -79,9 +79,12 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
     """Starts a cluster whose hosts have the given variables; it ends with the test, if not before."""
+    from ray._raylet import AuthenticationTokenLoader
+
     token = secrets.token_hex(32)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    AuthenticationTokenLoader.instance().reset_cache()  # of the cluster that other tests share
     started: list[Cluster] = []
 
     def one(name: str, **environment: str) -> Cluster:
@@ -96,6 +99,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
         finally:
             for cluster in started:
                 cluster.end()
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 def submit(cluster: Cluster, number: str, entrypoint: str) -> str:
