@@ -29,6 +29,8 @@ def main() -> None:
 
 
 def load(about: dict[str, Any]) -> Any:
+    if about["device"] == "cpu":  # GiB; else most of the memory there is, of which Ray kills the largest user
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM
 
     more = {}
@@ -79,7 +81,7 @@ def reply(llm: Any, about: dict[str, Any], request: dict[str, Any], number: int 
     ]
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     outputs = llm.generate(prompts, drawn, lora_request=lora, use_tqdm=False)
-    scored = score(llm, request["targets"], lora)
+    scored = score(llm, request["targets"], lora, about["device"])
     found = []
     for output, (loss, count) in zip(outputs, scored, strict=True):
         one = output.outputs[0]
@@ -88,7 +90,7 @@ def reply(llm: Any, about: dict[str, Any], request: dict[str, Any], number: int 
     return found
 
 
-def score(llm: Any, targets: list[dict[str, Any]], lora: Any) -> list[tuple[float, int]]:
+def score(llm: Any, targets: list[dict[str, Any]], lora: Any, device: str) -> list[tuple[float, int]]:
     """The sum of -log p over each target's labelled tokens, and how many these are."""
     from vllm import SamplingParams
 
@@ -98,7 +100,9 @@ def score(llm: Any, targets: list[dict[str, Any]], lora: Any) -> list[tuple[floa
         return found
     prompts = [{"prompt_token_ids": targets[index]["input_ids"]} for index in some]
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False)
-    outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
+    # With adapters, vLLM's CPU kernel takes the positions of a prompt for sequences: of one, it broadcasts.
+    groups = [[prompt] for prompt in prompts] if device == "cpu" else [prompts]
+    outputs = [each for group in groups for each in llm.generate(group, params, lora_request=lora, use_tqdm=False)]
     for index, output in zip(some, outputs, strict=True):
         ids, labels = targets[index]["input_ids"], targets[index]["labels"]
         # The first token has no probability: nothing stands before it.
