@@ -4,7 +4,7 @@
 
 All train every weight of the same small model on the same tokens, on two CPU processes with gloo, import torch,
 transformers, peft and datasets, and save every 20 steps in the usual way of each. The order is A B C C B A. In each
-run the process of rank 1 gets SIGKILL some steps after a save; who watches gives the same command again as soon as the
+run the process of rank 1 gets SIGKILL ten steps after a save; who watches gives the same command again as soon as the
 first one has ended, if it has. Results go to benchmarks/results/<date>-launchers.{json,md}.
 """
 
@@ -31,7 +31,8 @@ from faults.bench import Bench
 from faults.job import MARK, Job, kill_marked
 from running import lines, prepared_of
 
-SAVE, BATCH, AFTER = 20, 4, 3 * 20 + 10  # killed after this many steps
+SAVE, BATCH = 20, 4
+SETTLED_S = 45  # from the first step to the kill, at least: by then Manta's spares are ready, as hours later
 HANGS_S = 120  # seconds after which a command that has not ended is said to hang
 PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`: what training itself does not need
 
@@ -126,8 +127,8 @@ class Peer:
         data = self.folder / "data.json"
         data.write_text(json.dumps([row["input_ids"] for row in prepared_of(config).tokenized("training")]))
         script = [__file__, "--peer", kind, str(self.folder), config.hf_model_id, str(data)]
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        # Of several processes on CPUs, `accelerate launch` leaves the start to MPI, or to torchrun as here.
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
         self.command = [*(launch if kind == "accelerate" else [sys.executable]), *script]
         quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.environment = {**os.environ, **quiet, MARK: str(self.folder), "PYTHONPATH": str(PEERS)}
@@ -181,7 +182,8 @@ def measure(run: Any) -> dict[str, Any]:
     run.start()
     until(run, lambda: run.steps())
     found: dict[str, Any] = {"start_s": run.steps()[0]["time"] - began}
-    until(run, lambda: run.steps()[-1]["step"] >= AFTER)
+    time.sleep(SETTLED_S)
+    until(run, lambda: run.steps()[-1]["step"] % SAVE == SAVE // 2)
     before = run.steps()[-1]
     psutil.Process(run.victim()).kill()
     killed = time.time()
