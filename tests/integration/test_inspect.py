@@ -122,6 +122,7 @@ def test_a_page_has_what_there_is_of_each_split(folder, tmp_path, packing):
     page = (tmp_path / "page.html").read_text()
     assert "Lengths, training" in page and "Lengths, test" not in page  # of the test split no token is made
     assert ("fill in padded batches of 2" in page) is not bool(packing)
+    assert ("packed fill" in page) is bool(packing)  # a figure that there is not has no row
 
 
 @needs_data
