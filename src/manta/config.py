@@ -38,7 +38,7 @@ class Config(BaseModel):
         "auto", description="Compute precision; auto: bfloat16 on CUDA, float32 on CPU. What is trained stays float32"
     )
     attn_implementation: str = Field(
-        "auto", description="auto, sdpa, eager, flash_attention_2; auto: flash_attention_2 if installed, else sdpa"
+        "auto", description="auto, documents, sdpa, eager, flash_attention_2; auto: what takes a batch without padding"
     )
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manta import attention
 from manta.config import Config
 from manta.data.batches import Layout
 from manta.errors import ConfigError, UserError
@@ -41,19 +42,39 @@ def compute_dtype(config: Config, device: str) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def attention(config: Config, device: str) -> str:
-    """The attention implementation that `auto` stands for on this device."""
+def attention_of(config: Config, device: str, skeleton: Any) -> str:
+    """The attention implementation that `auto` stands for, for this model on this device."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
-    installed = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if installed else "sdpa"
+    if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    return attention.DOCUMENTS if attention.serves(skeleton) else "sdpa"
 
 
-def layout(config: Config, device: str) -> Layout:
-    """How samples become a batch on this device."""
-    if not config.packing:
-        return "padded"
-    return "joined" if attention(config, device).startswith("flash") else "packed"
+def settle_layout(model: Any, config: Config) -> Layout:
+    """How samples become a batch. All ranks call it.
+
+    An attention that knows documents gets all of a micro-batch in one row without padding. Whether it does know them is
+    tried on the model itself; where it does not, `auto` goes back to the library's own and padding. Raises UserError if
+    the user asked for what does not work.
+    """
+    implementation = model.config._attn_implementation
+    knows = implementation == attention.DOCUMENTS or implementation.startswith("flash")
+    layout: Layout = "joined" if knows else "packed" if config.packing else "padded"
+    if layout == "padded":
+        return layout
+    problem = _seen_through(model, config, layout)
+    if problem is None:
+        return layout
+    if config.attn_implementation == "auto":
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.set_attn_implementation("sdpa")
+        if not config.packing:
+            return "padded"
+        problem = _seen_through(model, config, "packed")
+    if problem is None:
+        return "packed"
+    raise UserError(problem)
 
 
 def check(config: Config) -> None:
@@ -143,15 +164,13 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
 
 
 @torch.no_grad()
-def assert_documents_apart(model: Any, config: Config) -> None:
-    """Stop if a document of a packed sequence is computed otherwise than alone: it sees the one before, or its place.
-
-    Raises UserError, since it is a property of the model and its attention implementation. All ranks call it.
-    """
+def _seen_through(model: Any, config: Config, layout: Layout) -> str | None:
+    """What is wrong if a document of a packed sequence is computed otherwise than alone: it sees the one before, or its
+    place. None if it is not."""
     from torch.distributed.fsdp import FSDPModule
 
     before, document = torch.arange(1, 9), torch.arange(9, 1, -1)
-    several = layout(config, model.device.type) == "packed" and config.per_device_train_batch_size > 1
+    several = layout == "packed" and config.per_device_train_batch_size > 1
     rows = 2 if several else 1
 
     def last_logits(*documents: torch.Tensor) -> torch.Tensor:
@@ -163,21 +182,21 @@ def assert_documents_apart(model: Any, config: Config) -> None:
     model.eval()
     try:
         alone, packed = last_logits(document), last_logits(before, document)
-    except TypeError as error:
-        raise UserError(
-            f"{config.hf_model_id} takes no position_ids, which packing needs. Leave out --packing."
-        ) from error
-    model.train(was_training)
-    for module in model.modules():  # without a backward pass, the root's weights stay gathered
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    except TypeError:
+        return f"{config.hf_model_id} takes no position_ids, which packing needs. Leave out --packing."
+    finally:
+        model.train(was_training)
+        for module in model.modules():  # without a backward pass, the root's weights stay gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
     tolerance = 1e-3 if compute_dtype(config, model.device.type) == torch.float32 else 5e-2
-    if float((alone - packed).abs().max()) > tolerance * float(alone.abs().max()):
-        raise UserError(
-            f"In {config.hf_model_id} with {config.attn_implementation} attention, a packed document sees the "
-            "one before it. Leave out --packing, or choose another --attn_implementation"
-            f"{', or --per_device_train_batch_size 1' if several else ''}."
-        )
+    if float((alone - packed).abs().max()) <= tolerance * float(alone.abs().max()):
+        return None
+    return (
+        f"In {config.hf_model_id} with {model.config._attn_implementation} attention, a packed document sees the one "
+        "before it. Leave out --packing, or choose another --attn_implementation"
+        f"{', or --per_device_train_batch_size 1' if several else ''}."
+    )
 
 
 def _is_adapter(name: str) -> bool:
@@ -188,25 +207,27 @@ def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedM
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if config.full_ft else compute_dtype(config, placement.device.type)
+    skeleton = _skeleton(_architecture(config), config)
+    attention.register()
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": attention(config, placement.device.type),
+        "attn_implementation": attention_of(config, placement.device.type, skeleton),
         "trust_remote_code": config.trust_remote_code,
     }
     if placement.world_size > 1 and config.sharding_strategy != "NO_SHARD":
-        arguments["distributed_config"] = _distributed(config, placement)
+        arguments["distributed_config"] = _distributed(config, placement, skeleton)
     model = AutoModelForCausalLM.from_pretrained(source, **arguments)
     model.config.use_cache = False  # of keys and values: of no use in training, and in the way of recomputation
     return model
 
 
-def _distributed(config: Config, placement: Placement) -> Any:
+def _distributed(config: Config, placement: Placement, skeleton: PreTrainedModel) -> Any:
     from transformers.distributed import DistributedConfig
 
     replicas = placement.nodes if config.sharding_strategy == "HYBRID_SHARD" else 1
     style = "keep_full_weight" if config.sharding_strategy == "SHARD_GRAD_OP" else "free_full_weight"
     # The library's default plan knows layers by one name only; others would be gathered with the whole model at once.
-    layers = {re.sub(r"\.\d+$", ".*", name) for name in _layer_names(_skeleton(_architecture(config), config))}
+    layers = {re.sub(r"\.\d+$", ".*", name) for name in _layer_names(skeleton)}
     return DistributedConfig(
         fsdp_size=placement.world_size // replicas,
         dp_replicate_size=replicas,

@@ -84,18 +84,18 @@ class MantaTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         rank, world = self.args.process_index, self.args.world_size
         batches = TrainBatches(self.order, self.start_step, self.args.max_steps, rank, world)
-        return self._loader(self.train_dataset, batches, self.layout)
+        return self._loader(self.train_dataset, batches)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.args.process_index, self.args.world_size
         return self._loader(rows, EvalBatches(len(rows), self.args.eval_batch_size, rank, world))
 
-    def _loader(self, rows: Any, batches: Any, layout: Layout = "padded") -> DataLoader:
+    def _loader(self, rows: Any, batches: Any) -> DataLoader:
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_token_id=_PADDING, layout=layout),
+            collate_fn=partial(collate, pad_token_id=_PADDING, layout=self.layout),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )

@@ -30,7 +30,7 @@ from manta.callbacks import (
 )
 from manta.config import Config
 from manta.data import prepare
-from manta.data.batches import Rows, SampleOrder
+from manta.data.batches import Layout, Rows, SampleOrder
 from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
@@ -93,11 +93,10 @@ def _train(
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
-    if config.packing:
-        model.assert_documents_apart(network, config)
+    layout = model.settle_layout(network, config)
     committed = copy.committed if copy else start
     saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
-    trainer = make_trainer(config, run, prepared, network, saver, start, world, mailbox, verdict["split"])
+    trainer = make_trainer(config, run, prepared, network, saver, start, world, layout, mailbox, verdict["split"])
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
     trainer.add_callback(ProgressOfLoop(watchdog))
@@ -143,6 +142,7 @@ def make_trainer(
     saver: Saver,
     start: int,
     world: int,
+    layout: Layout,
     mailbox: Any = None,
     split: int = 1,
 ) -> MantaTrainer:
@@ -178,7 +178,7 @@ def make_trainer(
         eval_dataset=validation,
         callbacks=callbacks,
         order=order,
-        layout=model.layout(config, network.device.type),
+        layout=layout,
         run=run,
         saver=saver,
         fingerprint=fingerprint,

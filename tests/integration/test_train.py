@@ -222,7 +222,8 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             model.assert_sharded(network, config, placement)
             before = {name: local(parameter) for name, parameter in network.named_parameters()}
             saver = Saver(run, start, None, config.async_save, print)
-            trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement.world_size)
+            layout = model.settle_layout(network, config)
+            trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement.world_size, layout)
             trainer.remove_callback(RayTrainReportCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             saver.wait()

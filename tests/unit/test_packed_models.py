@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconMambaConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -24,7 +25,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from manta import model
+from manta import attention, model
+from manta.attention import DOCUMENTS
 from manta.config import Config
 from manta.data.batches import MASKED, Layout, Rows, collate
 from manta.data.packing import Packs, pack
@@ -60,7 +62,13 @@ MODELS: dict[str, Callable[[], Any]] = {
         vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
     ),
 }
-CASES = [*((name, "sdpa") for name in MODELS), ("qwen3", "eager"), ("gemma3", "eager"), ("gpt2", "eager")]
+CASES = [
+    *((name, attention) for name in MODELS for attention in ("sdpa", DOCUMENTS)),
+    *((name, "eager") for name in ("qwen3", "gemma3", "gpt2")),
+]
+
+
+attention.register()
 
 
 def made(config: Any, attention: str = "sdpa") -> Any:
@@ -197,7 +205,8 @@ def config_of(attention: str = "sdpa", **settings: Any) -> Config:
 def test_models_that_keep_documents_apart_pass(name, attention):
     network = made(MODELS[name](), attention).train()
     before = {key: parameter.clone() for key, parameter in network.named_parameters()}
-    model.assert_documents_apart(network, config_of(attention))
+    layout = model.settle_layout(network, config_of(attention))
+    assert layout == ("joined" if attention == DOCUMENTS else "packed")
     assert network.training
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(before[key], parameter) for key, parameter in network.named_parameters())
@@ -213,7 +222,7 @@ def test_models_that_keep_documents_apart_pass(name, attention):
 )
 def test_models_that_know_no_positions_are_refused(config):
     with pytest.raises(UserError, match=r"a-model .*Leave out --packing"):
-        model.assert_documents_apart(made(config, "eager"), config_of("eager"))
+        model.settle_layout(made(config, "eager"), config_of("eager"))
 
 
 def test_packs_seen_as_one_text_are_refused():
@@ -222,7 +231,7 @@ def test_packs_seen_as_one_text_are_refused():
     AttentionMaskInterface.register("blind", lambda **about: None)  # sdpa's own causal mask is left
     for name in ("qwen3", "gpt2"):
         with pytest.raises(UserError, match="a packed document sees the one before it"):
-            model.assert_documents_apart(made(MODELS[name](), "blind"), config_of("blind"))
+            model.settle_layout(made(MODELS[name](), "blind"), config_of("blind"))
 
 
 def test_an_attention_that_tells_documents_apart_in_one_row_only_is_refused_for_batches_of_several():
@@ -234,6 +243,56 @@ def test_an_attention_that_tells_documents_apart_in_one_row_only_is_refused_for_
     AttentionInterface.register("one_row", sdpa_attention_forward)
     AttentionMaskInterface.register("one_row", mask)
     network = made(MODELS["qwen3"](), "one_row")
-    model.assert_documents_apart(network, config_of("one_row", per_device_train_batch_size=1))
+    model.settle_layout(network, config_of("one_row", per_device_train_batch_size=1))
     with pytest.raises(UserError, match="--per_device_train_batch_size 1"):
-        model.assert_documents_apart(network, config_of("one_row", per_device_train_batch_size=2))
+        model.settle_layout(network, config_of("one_row", per_device_train_batch_size=2))
+
+
+def test_auto_pads_where_documents_see_each_other(monkeypatch):
+    """An attention per document that does not look for documents, as of a model whose state runs on through a row."""
+    monkeypatch.setattr(attention, "boundaries", lambda positions, length, device: (torch.tensor([0, length]), length))
+    network = made(MODELS["qwen3"](), DOCUMENTS)
+    with pytest.raises(UserError, match="sees the one before"):
+        model.settle_layout(network, config_of(DOCUMENTS))
+    config = Config(hf_model_id="a-model", device="cpu")
+    assert model.settle_layout(network, config) == "padded"
+    assert network.config._attn_implementation == "sdpa"
+
+
+# --- Attention per document
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["heads", "grouped"])
+def test_it_is_masked_attention_over_the_row(window, heads):
+    torch.manual_seed(0)
+    lengths = [7, 1, 12]
+    query, key, value = (
+        torch.randn(1, count, sum(lengths), 8, requires_grad=True) for count in (heads[0], *heads[1:] * 2)
+    )
+    numbers = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    place = torch.arange(sum(lengths))
+    near = (place[:, None] - place[None]) < (window or 99)
+    mask = (numbers[:, None] == numbers[None]) & (place[:, None] >= place[None]) & near
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    edges = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    for told in ({"position_ids": positions}, {"cu_seq_lens_q": edges, "max_length_q": 12}):
+        found, _ = attention.documents(
+            torch.nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, **told
+        )
+        assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-6)
+    ours = torch.autograd.grad(found.square().sum(), (query, key, value))
+    theirs = torch.autograd.grad(wanted.square().sum(), (query, key, value))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_it_would_leave_out_is_refused():
+    query = torch.randn(1, 2, 4, 8)
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(ValueError, match="choose another"):
+            attention.documents(torch.nn.Module(), query, query, query, None, **{name: torch.ones(2)})
+    with pytest.raises(ValueError, match="to generate"):
+        attention.documents(torch.nn.Module(), query[:, :, :1], query, query, None)
+    assert not attention.serves(made(Gemma2Config(**SIZES, attn_logit_softcapping=50.0), "eager"))
+    assert attention.serves(made(MODELS["qwen3"](), "sdpa"))

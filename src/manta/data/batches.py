@@ -20,7 +20,7 @@ from manta.data.packing import Packs
 from manta.data.tokenize import IGNORE
 
 # padded: a sample a row; packed: documents told apart by position_ids; joined: all of a micro-batch in one such row,
-# without padding, which is the only shape in which flash attention looks for documents.
+# without padding, for an attention that knows documents.
 Layout = Literal["padded", "packed", "joined"]
 
 MASKED = -1  # the row that fills a micro-batch nobody owns
@@ -128,7 +128,9 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = 
     """Pad to the longest row: input_ids and labels of shape (batch, length), rows of shape (batch,).
 
     Padding is told by attention_mask; in the other layouts position_ids tell documents apart instead, and padding is
-    one more document. tokens, shape (), counts what is not padding.
+    one more document. Joined, their boundaries are there once for all layers, under the names that transformers knows
+    (FlashAttentionKwargs): cu_seq_lens, int32 [documents + 1], and max_length. tokens, shape (), counts what is not
+    padding.
     """
     sequences = [row["row"] for row in rows]
     if layout == "joined":
@@ -151,7 +153,14 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = 
         "rows": torch.tensor(sequences),
         "tokens": attention_mask.sum(),
         **({"attention_mask": attention_mask} if layout == "padded" else {"position_ids": position_ids}),
+        **(_boundaries(rows[0]) if layout == "joined" else {}),
     }
+
+
+def _boundaries(row: dict[str, Any]) -> dict[str, Any]:
+    edges = torch.tensor([*row["starts"], len(row["input_ids"])], dtype=torch.int32)
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""Attention per document: a batch is one row of documents that see only themselves, without padding and without a mask.
+
+A dense mask over a packed row costs the square of its length; documents alone cost the sum of their squares. On CUDA in
+half precision this is one kernel (`torch.nn.attention.varlen`), elsewhere torch's own attention document by document.
+Registered with transformers by name; the library makes no mask for a name that it has no mask function for
+(transformers/masking_utils.py, `_preprocess_mask_arguments`), and hands the boundaries through to each layer.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+DOCUMENTS = "documents"
+
+
+def register() -> None:
+    """Make the name known to transformers in this process."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(DOCUMENTS, documents)
+
+
+def serves(model: Any) -> bool:
+    """Whether a model, storage or not, has nothing in its attention that this one would leave out."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return (
+        bool(model._supports_attention_backend)
+        and not softcap
+        and not any(
+            hasattr(module, name) for module in model.modules() for name in ("sinks", "relative_attention_bias")
+        )
+    )
+
+
+def documents(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of a row, as transformers calls it.
+
+    `query` is [1, heads, length, size], `key` and `value` have as many heads or a divisor of them; returns [1, length,
+    heads, size]. Documents are told by `cu_seq_lens_q`, [documents + 1] (0, ends), with the longest in `max_length_q`;
+    without them by `position_ids` that begin at 0 again. Rows of a batch are taken one by one.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("attention per document has no soft cap, sinks or position bias; choose another")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("attention per document is for training; load the model with sdpa to generate")
+    if len(query) > 1:
+        rows = [
+            documents(
+                module, query[i : i + 1], key[i : i + 1], value[i : i + 1], None, dropout, scaling, sliding_window,
+                position_ids=None if position_ids is None else position_ids[i % len(position_ids)][None],
+            )[0]
+            for i in range(len(query))
+        ]  # fmt: skip
+        return torch.cat(rows), None
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q = boundaries(position_ids, query.shape[2], query.device)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
+    ends = cu_seq_lens_q.tolist()
+    parts = [
+        _one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], dropout, scaling, sliding_window)
+        for a, b in pairwise(ends)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def boundaries(position_ids: torch.Tensor | None, length: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where the documents of one row begin and end, int32 [documents + 1], and how long the longest is."""
+    if position_ids is None:
+        return torch.tensor([0, length], dtype=torch.int32, device=device), length
+    starts = (position_ids.flatten() == 0).nonzero().flatten().to(torch.int32)
+    ends = torch.cat([starts, torch.tensor([length], dtype=torch.int32, device=starts.device)])
+    return ends, int(ends.diff().max())
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    ends: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # [length, heads, size]
+    seen = (-1 if window is None else window - 1, 0)
+    found = varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=seen, enable_gqa=True)
+    return found[None]  # type: ignore[index]
+
+
+def _one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One document, [1, heads, length, size]."""
+    length = query.shape[2]
+    mask = None
+    if window is not None and window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.shape[1] < query.shape[1],
+    )
