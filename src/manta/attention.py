@@ -101,10 +101,10 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # [length, heads, size]
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # [length, heads, size]
     seen = (-1 if window is None else window - 1, 0)
-    found = varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=seen, enable_gqa=True)
-    return found[None]  # type: ignore[index]
+    found: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=seen, enable_gqa=True)
+    return found[None]
 
 
 def _one(

@@ -35,12 +35,18 @@ class Config(BaseModel):
     hf_model_id: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: hub name or local folder")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Compute precision; auto: bfloat16 on CUDA, float32 on CPU. What is trained stays float32"
+        "auto",
+        description="Compute precision; auto: bfloat16 where the hardware has it, else float32. What is trained stays "
+        "float32",
     )
     attn_implementation: str = Field(
         "auto", description="auto, documents, sdpa, eager, flash_attention_2; auto: what takes a batch without padding"
     )
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
+        description="What the backward pass computes again to save memory: nothing, all but matrix products, or each "
+        "layer; auto: as little as memory allows. true is full, false is none",
+    )
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
 
     # --- Training
@@ -192,6 +198,11 @@ class Config(BaseModel):
     @classmethod
     def _parse(cls, value: Any) -> Any:
         return parse_json(value)
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _check_recomputation(cls, value: Any) -> Any:
+        return {"true": "full", "false": "none"}.get(str(value).lower(), value)
 
     @field_validator("chat_template_kwargs")
     @classmethod

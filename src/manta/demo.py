@@ -64,7 +64,7 @@ def run_demo(folder: Path, num_workers: int = 2) -> dict[str, Any]:
         "num_workers": num_workers,
         "max_seq_length": 64,
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "none",
         "logging_steps": 5,
         "eval_steps": 25,
         "save_steps": 50,

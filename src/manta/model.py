@@ -7,10 +7,11 @@ and each worker reads only its own shards, so that host memory does not grow wit
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,25 +34,34 @@ class Placement:
     device: torch.device
     world_size: int = 1
     nodes: int = 1
+    dtype: torch.dtype = torch.float32  # of the forward and backward pass, the same on all
 
 
-def compute_dtype(config: Config, device: str) -> torch.dtype:
-    """Precision of the forward and backward pass: bfloat16 on CUDA unless asked otherwise."""
+def compute_dtype(config: Config, native: bool) -> torch.dtype:
+    """Precision of the forward and backward pass: what was asked for, else bfloat16 where it is `native`."""
     if config.dtype == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def attention_of(config: Config, device: str, skeleton: Any) -> str:
+def computes_bfloat16(device: str) -> bool:
+    """Whether this machine multiplies bfloat16 in hardware: it is slower than float32 where it does not."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def attention_of(config: Config, device: str, bare: Any) -> str:
     """The attention implementation that `auto` stands for, for this model on this device."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
-    return attention.DOCUMENTS if attention.serves(skeleton) else "sdpa"
+    return attention.DOCUMENTS if attention.serves(bare) else "sdpa"
 
 
-def settle_layout(model: Any, config: Config) -> Layout:
+def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
     """How samples become a batch. All ranks call it.
 
     An attention that knows documents gets all of a micro-batch in one row without padding. Whether it does know them is
@@ -63,15 +73,14 @@ def settle_layout(model: Any, config: Config) -> Layout:
     layout: Layout = "joined" if knows else "packed" if config.packing else "padded"
     if layout == "padded":
         return layout
-    problem = _seen_through(model, config, layout)
+    problem = _seen_through(model, config, placement, layout)
     if problem is None:
         return layout
     if config.attn_implementation == "auto":
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.set_attn_implementation("sdpa")
+        _base(model).set_attn_implementation("sdpa")
         if not config.packing:
             return "padded"
-        problem = _seen_through(model, config, "packed")
+        problem = _seen_through(model, config, placement, "packed")
     if problem is None:
         return "packed"
     raise UserError(problem)
@@ -83,9 +92,8 @@ def check(config: Config) -> None:
     folder = Path(config.hf_model_id).expanduser()
     if folder.is_dir():
         _check_weights(folder)
-    skeleton = _skeleton(architecture, config)
     if not config.full_ft:
-        _check_targets(skeleton, config)
+        _check_targets(skeleton(config), config)
     longest = getattr(architecture, "max_position_embeddings", None)
     if longest and config.max_seq_length > longest:
         raise ConfigError(f"max_seq_length {config.max_seq_length} is over the model's {longest} positions; lower it.")
@@ -104,20 +112,31 @@ def build(config: Config, placement: Placement, weights: Path | None = None) -> 
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if weights:
-        return PeftModel.from_pretrained(base, str(weights), is_trainable=True)
+        return _cast_once(PeftModel.from_pretrained(base, str(weights), is_trainable=True), placement)
     targets = [name.strip() for name in config.lora_target_modules.split(",")]
     torch.manual_seed(config.seed)  # adapters are made alike on every worker, whatever their number
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            bias="none",
-        ),
+    adapters = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        bias="none",
     )
+    return _cast_once(get_peft_model(base, adapters), placement)
+
+
+def autocast(placement: Placement) -> Any:
+    """The context in which the model is computed, as the library's Trainer opens it."""
+    return torch.autocast(placement.device.type, placement.dtype, enabled=placement.dtype != torch.float32)
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether logits can be computed for trained positions alone: the library's usual forward and loss."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    base = _base(model)
+    return "logits_to_keep" in inspect.signature(base.forward).parameters and base.loss_function is ForCausalLMLoss
 
 
 def sharding(model: Any) -> dict[str, int]:
@@ -155,7 +174,7 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
     whole = [name for name, tensor in parameters.items() if not is_sharded(tensor)]
     if whole:
         raise UserError(f"{len(whole)} parameters are not sharded, such as {whole[0]}. {_UNSHARDED}")
-    units = _layer_names(model)
+    units = layer_names(model)
     if not units:
         raise UserError(f"{config.hf_model_id} does not name its layers (_no_split_modules). {_UNSHARDED}")
     loose = [name for name, module in model.named_modules() if name in units and not isinstance(module, FSDPModule)]
@@ -164,7 +183,7 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
 
 
 @torch.no_grad()
-def _seen_through(model: Any, config: Config, layout: Layout) -> str | None:
+def _seen_through(model: Any, config: Config, placement: Placement, layout: Layout) -> str | None:
     """What is wrong if a document of a packed sequence is computed otherwise than alone: it sees the one before, or its
     place. None if it is not."""
     from torch.distributed.fsdp import FSDPModule
@@ -176,7 +195,9 @@ def _seen_through(model: Any, config: Config, layout: Layout) -> str | None:
     def last_logits(*documents: torch.Tensor) -> torch.Tensor:
         ids = torch.cat(documents).repeat(rows, 1).to(model.device)
         positions = torch.cat([torch.arange(len(each)) for each in documents]).repeat(rows, 1).to(model.device)
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -len(document) :].float()
+        with autocast(placement):
+            found = model(input_ids=ids, position_ids=positions, use_cache=False)
+        return found.logits[:, -len(document) :].float()
 
     was_training = model.training
     model.eval()
@@ -189,7 +210,7 @@ def _seen_through(model: Any, config: Config, layout: Layout) -> str | None:
         for module in model.modules():  # without a backward pass, the root's weights stay gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
-    tolerance = 1e-3 if compute_dtype(config, model.device.type) == torch.float32 else 5e-2
+    tolerance = 1e-3 if placement.dtype == torch.float32 else 5e-2
     if float((alone - packed).abs().max()) <= tolerance * float(alone.abs().max()):
         return None
     return (
@@ -199,6 +220,20 @@ def _seen_through(model: Any, config: Config, layout: Layout) -> str | None:
     )
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _cast_once(model: Any, placement: Placement) -> Any:
+    """Leave casts to autocast: PEFT's own of each input to float32 would be undone by it at once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and placement.dtype != torch.float32:
+            cast(Any, module).cast_input_dtype_enabled = False
+    return model
+
+
 def _is_adapter(name: str) -> bool:
     return "lora_" in name
 
@@ -206,34 +241,34 @@ def _is_adapter(name: str) -> bool:
 def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if config.full_ft else compute_dtype(config, placement.device.type)
-    skeleton = _skeleton(_architecture(config), config)
+    dtype = torch.float32 if config.full_ft else placement.dtype
+    bare = skeleton(config)
     attention.register()
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": attention_of(config, placement.device.type, skeleton),
+        "attn_implementation": attention_of(config, placement.device.type, bare),
         "trust_remote_code": config.trust_remote_code,
     }
     if placement.world_size > 1 and config.sharding_strategy != "NO_SHARD":
-        arguments["distributed_config"] = _distributed(config, placement, skeleton)
+        arguments["distributed_config"] = _distributed(config, placement, bare)
     model = AutoModelForCausalLM.from_pretrained(source, **arguments)
     model.config.use_cache = False  # of keys and values: of no use in training, and in the way of recomputation
     return model
 
 
-def _distributed(config: Config, placement: Placement, skeleton: PreTrainedModel) -> Any:
+def _distributed(config: Config, placement: Placement, bare: PreTrainedModel) -> Any:
     from transformers.distributed import DistributedConfig
 
     replicas = placement.nodes if config.sharding_strategy == "HYBRID_SHARD" else 1
     style = "keep_full_weight" if config.sharding_strategy == "SHARD_GRAD_OP" else "free_full_weight"
     # The library's default plan knows layers by one name only; others would be gathered with the whole model at once.
-    layers = {re.sub(r"\.\d+$", ".*", name) for name in _layer_names(skeleton)}
+    layers = {re.sub(r"\.\d+$", ".*", name) for name in layer_names(bare)}
     return DistributedConfig(
         fsdp_size=placement.world_size // replicas,
         dp_replicate_size=replicas,
         fsdp_plan=dict.fromkeys(sorted(layers), style),
         fsdp_cpu_offload=config.fsdp_cpu_offload and placement.device.type != "cpu",  # there already, and unpinnable
-        fsdp_mixed_precision=config.full_ft and compute_dtype(config, placement.device.type) == torch.bfloat16,
+        fsdp_mixed_precision=config.full_ft and placement.dtype == torch.bfloat16,
     )
 
 
@@ -252,18 +287,17 @@ def _architecture(config: Config) -> PretrainedConfig:
         ) from error
 
 
-def _skeleton(architecture: PretrainedConfig, config: Config) -> PreTrainedModel:
-    """The model without storage: names and shapes only."""
+def skeleton(config: Config) -> PreTrainedModel:
+    """The base model without storage: names and shapes only."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(_architecture(config), trust_remote_code=config.trust_remote_code)
 
 
-def _layer_names(model: Any) -> set[str]:
+def layer_names(model: Any) -> set[str]:
     """Names of the decoder layers: the modules that their own library says are not to be split."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kinds = set(base._no_split_modules or ())
+    kinds = set(_base(model)._no_split_modules or ())
 
     def is_layer(module: torch.nn.Module) -> bool:  # fully_shard puts a class of its own before the layer's
         return any(kind.__name__ in kinds for kind in type(module).__mro__)
@@ -285,16 +319,16 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"{file} is damaged or cut off ({error}). Download the model again.") from error
 
 
-def _check_targets(skeleton: PreTrainedModel, config: Config) -> None:
+def _check_targets(bare: PreTrainedModel, config: Config) -> None:
     if config.lora_target_modules.strip() == "all-linear":
         return
-    names = {name.rpartition(".")[2] for name, module in skeleton.named_modules() if hasattr(module, "weight")}
+    names = {name.rpartition(".")[2] for name, module in bare.named_modules() if hasattr(module, "weight")}
     wanted = [name.strip() for name in config.lora_target_modules.split(",")]
     if missing := [name for name in wanted if name.rpartition(".")[2] not in names]:
         linear = sorted(
             {
                 name.rpartition(".")[2]
-                for name, module in skeleton.named_modules()
+                for name, module in bare.named_modules()
                 if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
             }
         )

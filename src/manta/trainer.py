@@ -6,6 +6,8 @@ The loop itself is the library's. What is overridden, and why, stands at each me
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Collection
 from functools import partial
@@ -18,14 +20,16 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from manta import checkpoint, copies, ledger
+from manta.config import Config
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
-from manta.runs import Run, checkpoint_path
+from manta.model import Placement, keeps_logits
+from manta.runs import METRIC, Run, checkpoint_path
 from manta.saver import Saver
 
 _LOG_IN_COPIES = 20  # lines
@@ -66,6 +70,7 @@ class MantaTrainer(Trainer):
         self._loss_before: Any = None
         self.order, self.layout, self.run, self.saver, self.fingerprint = order, layout, run, saver, fingerprint
         self.start_step = start_step
+        self.picked = keeps_logits(self.model)
         self.taken: Collection[str] = ()  # names of checkpoints that were passed over
         self.copier: copies.Copier | None = None
         self.copy: copies.Copy | None = None  # what this attempt goes on from, if not from a checkpoint on disk
@@ -95,7 +100,7 @@ class MantaTrainer(Trainer):
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=partial(collate, pad_token_id=_PADDING, layout=self.layout),
+            collate_fn=partial(collate, pad_token_id=_PADDING, layout=self.layout, picked=self.picked),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
@@ -266,3 +271,50 @@ class MantaTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: each micro-batch reseeds."""
+
+
+def training_arguments(config: Config, run: Run, placement: Placement, accumulation: int) -> TrainingArguments:
+    """The library's arguments for `config`; `accumulation` is micro-batches per rank and step."""
+    scheduler: str = config.lr_scheduler_type
+    scheduler_options: dict[str, float] = {}
+    if scheduler == "cosine" and config.min_learning_rate > 0:  # the plain one ends at 0
+        scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": config.min_learning_rate}
+    warmup = config.warmup_steps
+    cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
+    reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.here / "tensorboard")
+    return TrainingArguments(
+        output_dir=str(run.here),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * config.max_steps) if warmup is None else warmup,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=scheduler_options,
+        optim=config.optim,
+        bf16=placement.dtype == torch.bfloat16,
+        use_liger_kernel=config.use_liger_kernel,
+        use_cpu=placement.device.type == "cpu",
+        seed=config.seed,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=config.torch_timeout_s,
+        dataloader_num_workers=min(config.dataloader_num_workers, cpus - 1),
+        remove_unused_columns=False,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.evaluates else "no",
+        eval_steps=config.eval_steps or None,
+        metric_for_best_model=METRIC,
+        greater_is_better=False,
+        save_strategy="no",  # callbacks ask for checkpoints, and ours writes them
+        ignore_data_skip=True,  # the loader starts at the right step by itself
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=True,
+        report_to=reports + (["wandb"] if config.use_wandb and "wandb" not in reports else []),
+        run_name=run.name,
+    )

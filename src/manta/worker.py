@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import socket
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import train
 
-from manta import checkpoint, copies, model, progress, storage
+from manta import activations, checkpoint, copies, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -30,12 +28,12 @@ from manta.callbacks import (
 )
 from manta.config import Config
 from manta.data import prepare
-from manta.data.batches import Layout, Rows, SampleOrder
+from manta.data.batches import Layout, Rows, SampleOrder, most_tokens
 from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
-from manta.trainer import MantaTrainer, reseed
+from manta.trainer import MantaTrainer, reseed, training_arguments
 from manta.watchdog import ProgressOfLoop, Watchdog
 
 # torch raises a class of its own for the allocator of a GPU only; on CPU, in NCCL and in cuBLAS it is a RuntimeError.
@@ -78,7 +76,9 @@ def _train(
 
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    placement = model.Placement(get_device(), world, max(1, world // context.get_local_world_size()))
+    native = all(checkpoint.gather(model.computes_bfloat16(get_device().type)))
+    nodes = max(1, world // context.get_local_world_size())
+    placement = model.Placement(get_device(), world, nodes, model.compute_dtype(config, native))
 
     resume, damaged = _resume_point(run, mailbox, rank)
     if resume:
@@ -93,10 +93,13 @@ def _train(
     reseed(config.seed)
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
-    layout = model.settle_layout(network, config)
+    layout = model.settle_layout(network, config, placement)
+    recomputed = _settle_recomputation(config, network, placement, prepared, layout, verdict["split"])
+    activations.recompute(network, recomputed[0])
+    _tell(mailbox, rank, network, placement, layout, recomputed)
     committed = copy.committed if copy else start
     saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
-    trainer = make_trainer(config, run, prepared, network, saver, start, world, layout, mailbox, verdict["split"])
+    trainer = make_trainer(config, run, prepared, network, saver, start, placement, layout, mailbox, verdict["split"])
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
     trainer.add_callback(ProgressOfLoop(watchdog))
@@ -124,6 +127,33 @@ def _train(
     }
 
 
+def _settle_recomputation(
+    config: Config, network: Any, placement: model.Placement, prepared: Prepared, layout: Layout, split: int
+) -> tuple[activations.Recomputed, str]:
+    lengths = np.array([config.max_seq_length]) if config.packing else prepared.lengths("training")[0]
+    batch = config.per_device_train_batch_size // split
+    return activations.settle(config, network, placement, most_tokens(lengths, batch, layout))
+
+
+def _tell(
+    mailbox: Any,
+    rank: int,
+    network: Any,
+    placement: model.Placement,
+    layout: Layout,
+    recomputed: tuple[activations.Recomputed, str],
+) -> None:
+    """What was chosen for this model and machine."""
+    attention, precision = network.config._attn_implementation, str(placement.dtype).removeprefix("torch.")
+    padding = "padded" if layout == "padded" else "without padding"
+    _note(
+        mailbox,
+        rank,
+        f"{precision}, {attention} attention, batches {padding}, gradient checkpointing {recomputed[0]} "
+        f"({recomputed[1]})",
+    )
+
+
 def _prepare_here(config: Config, run: Run) -> Prepared:
     prepared, parts = prepare.locate(config)
     if train.get_context().get_world_rank() == 0:
@@ -141,7 +171,7 @@ def make_trainer(
     network: Any,
     saver: Saver,
     start: int,
-    world: int,
+    placement: model.Placement,
     layout: Layout,
     mailbox: Any = None,
     split: int = 1,
@@ -159,6 +189,7 @@ def make_trainer(
         validation = prepared.tokenized("validation").with_format("numpy")
         picked = np.random.default_rng(config.seed).permutation(len(validation))[: config.max_eval_samples]
         validation = Rows(validation.select(picked, keep_in_memory=True))
+    world = placement.world_size
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     by_answers = config.metric_for_best != METRIC
@@ -173,7 +204,7 @@ def make_trainer(
         callbacks.insert(0, patience)
     trainer = MantaTrainer(
         model=network,
-        args=training_arguments(config, run, network.device.type, -(-micro_batches // world)),
+        args=training_arguments(config, run, placement, -(-micro_batches // world)),
         train_dataset=training,
         eval_dataset=validation,
         callbacks=callbacks,
@@ -198,57 +229,6 @@ def _divided(config: Config, split: int) -> Config:
             "gradient_accumulation_steps": config.gradient_accumulation_steps * split,
             "per_device_eval_batch_size": max(1, config.per_device_eval_batch_size // split),
         }
-    )
-
-
-def training_arguments(config: Config, run: Run, device: str, accumulation: int) -> Any:
-    """The library's arguments for `config`; `accumulation` is micro-batches per rank and step."""
-    from transformers import TrainingArguments
-
-    scheduler: str = config.lr_scheduler_type
-    scheduler_options: dict[str, float] = {}
-    if scheduler == "cosine" and config.min_learning_rate > 0:  # the plain one ends at 0
-        scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": config.min_learning_rate}
-    warmup = config.warmup_steps
-    cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
-    reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.here / "tensorboard")
-    return TrainingArguments(
-        output_dir=str(run.here),
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=math.ceil(config.warmup_ratio * config.max_steps) if warmup is None else warmup,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=scheduler,
-        lr_scheduler_kwargs=scheduler_options,
-        optim=config.optim,
-        bf16=model.compute_dtype(config, device) == torch.bfloat16,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        use_liger_kernel=config.use_liger_kernel,
-        use_cpu=device == "cpu",
-        seed=config.seed,
-        ddp_find_unused_parameters=False,
-        ddp_timeout=config.torch_timeout_s,
-        dataloader_num_workers=min(config.dataloader_num_workers, cpus - 1),
-        remove_unused_columns=False,
-        logging_steps=config.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if config.evaluates else "no",
-        eval_steps=config.eval_steps or None,
-        metric_for_best_model=METRIC,
-        greater_is_better=False,
-        save_strategy="no",  # callbacks ask for checkpoints, and ours writes them
-        ignore_data_skip=True,  # the loader starts at the right step by itself
-        restore_callback_states_from_checkpoint=True,
-        disable_tqdm=True,
-        report_to=reports + (["wandb"] if config.use_wandb and "wandb" not in reports else []),
-        run_name=run.name,
     )
 
 

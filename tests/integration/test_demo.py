@@ -102,7 +102,7 @@ def test_gsm8k_on_the_demos_base_model(demo, full_ft, tmp_path, ray_cluster, rec
             "logging_steps": 1,
             "eval_steps": 20,
             "max_eval_samples": 64,
-            "gradient_checkpointing": False,
+            "gradient_checkpointing": "none",
             "device": "cpu",
             "num_workers": 2,
             "results_dir": str(tmp_path),

@@ -197,13 +197,13 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from manta import checkpoint, model, worker
+    from manta import activations, checkpoint, model, worker
     from manta.callbacks import RayTrainReportCallback
     from manta.data.prepare import Prepared
     from manta.runs import checkpoint_path
     from manta.saver import Saver
 
-    placement = model.Placement(torch.device("cpu"), ray_train.get_context().get_world_size())
+    world = ray_train.get_context().get_world_size()
 
     def local(parameter: torch.Tensor) -> torch.Tensor:
         data = parameter.data
@@ -218,12 +218,15 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             GradientState._reset_state()
             config = Config.from_dict({**values, "stop_at_step": stop})
             resume = checkpoint_path(run.path, start) if start else None
+            dtype = model.compute_dtype(config, native=False)
+            placement = model.Placement(torch.device("cpu"), world, dtype=dtype)
             network = model.build(config, placement, resume / "model" if resume else None)
             model.assert_sharded(network, config, placement)
             before = {name: local(parameter) for name, parameter in network.named_parameters()}
             saver = Saver(run, start, None, config.async_save, print)
-            layout = model.settle_layout(network, config)
-            trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement.world_size, layout)
+            layout = model.settle_layout(network, config, placement)
+            activations.recompute(network, activations.settle(config, network, placement, 96)[0])
+            trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement, layout)
             trainer.remove_callback(RayTrainReportCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             saver.wait()
@@ -269,8 +272,8 @@ def variants(folder: Path, ray_cluster: None) -> dict[str, Any]:
         "lora-ddp": {"sharding_strategy": "NO_SHARD"},
         "full-ddp": {"sharding_strategy": "NO_SHARD", "full_ft": True},
         "full-offload": {"fsdp_cpu_offload": True, "full_ft": True},
-        "lora-recompute": {"gradient_checkpointing": True},
-        "full-recompute": {"gradient_checkpointing": True, "full_ft": True},
+        "lora-recompute": {"gradient_checkpointing": "full"},
+        "full-recompute": {"gradient_checkpointing": "full", "full_ft": True},
         "lora-bf16": {"dtype": "bfloat16"},
         "full-bf16": {"dtype": "bfloat16", "full_ft": True},
         "lora-all-linear": {"lora_target_modules": "all-linear"},

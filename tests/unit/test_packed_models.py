@@ -34,6 +34,7 @@ from manta.data.tokenize import IGNORE
 from manta.errors import UserError
 
 VOCABULARY, CAPACITY, WINDOW = 96, 48, 6
+HERE = model.Placement(torch.device("cpu"))
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -101,9 +102,9 @@ def packs(samples: list[dict[str, Any]]) -> Packs:
     return found
 
 
-def batch_of(rows: Rows, layout: Layout = "packed") -> dict[str, torch.Tensor]:
+def batch_of(rows: Rows, layout: Layout = "packed", picked: bool = False) -> dict[str, Any]:
     """All packs, and a fully masked row, in one batch: rows of several lengths, so that there is padding."""
-    batch = collate([rows[index] for index in (*range(len(rows)), MASKED)], pad_token_id=0, layout=layout)
+    batch = collate([rows[index] for index in (*range(len(rows)), MASKED)], 0, layout, picked)
     assert len({len(rows[index]["input_ids"]) for index in range(len(rows))}) > 1
     return batch
 
@@ -167,17 +168,21 @@ def test_the_window_of_gemmas_local_layers_matters_here(samples):
     assert gap(losses_alone(narrow, samples), losses_alone(made(config), samples)) > 0.1
 
 
-@pytest.mark.parametrize("layout", ["packed", "joined"])
-@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
-def test_packed_gradients_are_those_of_the_documents_alone(name, layout, samples, packs):
+@pytest.mark.parametrize(
+    ("layout", "attention", "picked"),
+    [("packed", "sdpa", False), ("packed", "sdpa", True), ("joined", "sdpa", False), ("joined", DOCUMENTS, True)],
+)
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt2", "gemma3"])
+def test_packed_gradients_are_those_of_the_documents_alone(name, layout, attention, picked, samples, packs):
     """Of the loss as the training loop has it: the sum over a step's tokens, by their number."""
-    network, rows = made(MODELS[name]()), Rows(samples, packs)
-    batch = batch_of(rows, layout)
+    network, rows = made(MODELS[name](), attention), Rows(samples, packs)
+    assert model.keeps_logits(network)
+    batch = batch_of(rows, layout, picked)
     assert len(batch["input_ids"]) == (1 if layout == "joined" else len(rows) + 1)
     tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
     assert tokens == sum(int((sample["labels"][1:] != IGNORE).sum()) for sample in samples)
 
-    given = {key: batch[key] for key in ("input_ids", "labels", "position_ids")}
+    given = {key: value for key, value in batch.items() if key not in ("rows", "tokens")}
     packed = network(**given, num_items_in_batch=tokens).loss
     packed.backward()
     ours = {key: parameter.grad.clone() for key, parameter in network.named_parameters()}
@@ -194,6 +199,16 @@ def test_packed_gradients_are_those_of_the_documents_alone(name, layout, samples
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) <= 1e-5
 
 
+def test_a_batch_that_trains_nothing_has_no_gradient():
+    """As of a worker that has no part in a step: its other layers still need one, of zeros, for the others to sum."""
+    network, rows = made(MODELS["qwen3"]()), Rows([])
+    batch = collate([rows[MASKED]], 0, "joined", picked=True)
+    loss = network(**{key: batch[key] for key in batch if key not in ("rows", "tokens")}, num_items_in_batch=5).loss
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(not parameter.grad.any() for parameter in network.parameters())
+
+
 # --- The check that each worker makes before it trains on packed sequences
 
 
@@ -205,7 +220,7 @@ def config_of(attention: str = "sdpa", **settings: Any) -> Config:
 def test_models_that_keep_documents_apart_pass(name, attention):
     network = made(MODELS[name](), attention).train()
     before = {key: parameter.clone() for key, parameter in network.named_parameters()}
-    layout = model.settle_layout(network, config_of(attention))
+    layout = model.settle_layout(network, config_of(attention), HERE)
     assert layout == ("joined" if attention == DOCUMENTS else "packed")
     assert network.training
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -222,7 +237,7 @@ def test_models_that_keep_documents_apart_pass(name, attention):
 )
 def test_models_that_know_no_positions_are_refused(config):
     with pytest.raises(UserError, match=r"a-model .*Leave out --packing"):
-        model.settle_layout(made(config, "eager"), config_of("eager"))
+        model.settle_layout(made(config, "eager"), config_of("eager"), HERE)
 
 
 def test_packs_seen_as_one_text_are_refused():
@@ -231,7 +246,7 @@ def test_packs_seen_as_one_text_are_refused():
     AttentionMaskInterface.register("blind", lambda **about: None)  # sdpa's own causal mask is left
     for name in ("qwen3", "gpt2"):
         with pytest.raises(UserError, match="a packed document sees the one before it"):
-            model.settle_layout(made(MODELS[name](), "blind"), config_of("blind"))
+            model.settle_layout(made(MODELS[name](), "blind"), config_of("blind"), HERE)
 
 
 def test_an_attention_that_tells_documents_apart_in_one_row_only_is_refused_for_batches_of_several():
@@ -243,9 +258,9 @@ def test_an_attention_that_tells_documents_apart_in_one_row_only_is_refused_for_
     AttentionInterface.register("one_row", sdpa_attention_forward)
     AttentionMaskInterface.register("one_row", mask)
     network = made(MODELS["qwen3"](), "one_row")
-    model.settle_layout(network, config_of("one_row", per_device_train_batch_size=1))
+    model.settle_layout(network, config_of("one_row", per_device_train_batch_size=1), HERE)
     with pytest.raises(UserError, match="--per_device_train_batch_size 1"):
-        model.settle_layout(network, config_of("one_row", per_device_train_batch_size=2))
+        model.settle_layout(network, config_of("one_row", per_device_train_batch_size=2), HERE)
 
 
 def test_auto_pads_where_documents_see_each_other(monkeypatch):
@@ -253,9 +268,9 @@ def test_auto_pads_where_documents_see_each_other(monkeypatch):
     monkeypatch.setattr(attention, "boundaries", lambda positions, length, device: (torch.tensor([0, length]), length))
     network = made(MODELS["qwen3"](), DOCUMENTS)
     with pytest.raises(UserError, match="sees the one before"):
-        model.settle_layout(network, config_of(DOCUMENTS))
+        model.settle_layout(network, config_of(DOCUMENTS), HERE)
     config = Config(hf_model_id="a-model", device="cpu")
-    assert model.settle_layout(network, config) == "padded"
+    assert model.settle_layout(network, config, HERE) == "padded"
     assert network.config._attn_implementation == "sdpa"
 
 

@@ -54,6 +54,12 @@ class SampleOrder:
         return step * self.micro_batches * self.batch / self.rows
 
 
+def most_tokens(lengths: np.ndarray, batch: int, layout: Layout) -> int:
+    """Tokens of the largest micro-batch of `batch` sequences there can be, padding included."""
+    longest = np.sort(lengths)[-batch:]
+    return int(longest.sum() if layout == "joined" else batch * longest[-1])
+
+
 class TrainBatches(Sampler[list[int]]):
     """This rank's micro-batches from step `start` to step `steps`, ceil(M / W) of them a step."""
 
@@ -124,13 +130,16 @@ class Rows(Dataset):
         }
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = "padded") -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = "padded", picked: bool = False
+) -> dict[str, Any]:
     """Pad to the longest row: input_ids and labels of shape (batch, length), rows of shape (batch,).
 
     Padding is told by attention_mask; in the other layouts position_ids tell documents apart instead, and padding is
     one more document. Joined, their boundaries are there once for all layers, under the names that transformers knows
     (FlashAttentionKwargs): cu_seq_lens, int32 [documents + 1], and max_length. tokens, shape (), counts what is not
-    padding.
+    padding. `picked` adds what lets the model compute logits only where they are trained: logits_to_keep, bool (batch,
+    length), and shift_labels, the next tokens there; of the first position, if of none.
     """
     sequences = [row["row"] for row in rows]
     if layout == "joined":
@@ -154,7 +163,16 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = 
         "tokens": attention_mask.sum(),
         **({"attention_mask": attention_mask} if layout == "padded" else {"position_ids": position_ids}),
         **(_boundaries(rows[0]) if layout == "joined" else {}),
+        **(_picked(labels) if picked else {}),
     }
+
+
+def _picked(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = following != IGNORE
+    if not keep.any():
+        keep[0, 0] = True
+    return {"logits_to_keep": keep, "shift_labels": following[keep]}
 
 
 def _boundaries(row: dict[str, Any]) -> dict[str, Any]:
