@@ -44,8 +44,7 @@ class Config(BaseModel):
     )
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
         "auto",
-        description="What the backward pass computes again to save memory: nothing, all but matrix products, or each "
-        "layer; auto: as little as memory allows. true is full, false is none",
+        description="What backward computes again to save memory: nothing, all but matrix products, all; auto: by need",
     )
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
 
