@@ -106,7 +106,11 @@ def build(config: Config, placement: Placement, weights: Path | None = None) -> 
     the compute dtype.
     """
     source = weights if weights and config.full_ft else config.hf_model_id
-    base = _load_base(config, placement, str(source))
+    return adapted(_load_base(config, placement, str(source)), config, placement, weights)
+
+
+def adapted(base: Any, config: Config, placement: Placement, weights: Path | None = None) -> Any:
+    """`base` with what is trained: adapters, new or those of a checkpoint's folder; itself if all of it is."""
     if config.full_ft:
         return base
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
