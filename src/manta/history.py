@@ -68,7 +68,7 @@ def print_run(run: Run, console: Console) -> None:
             console.print(
                 f"{when}  ended after step {event['step']}: {cause}: {event['text']}", markup=False, soft_wrap=True
             )
-        elif event["kind"] == "note":
+        elif event["kind"] in ("note", "setup"):
             console.print(f"{when}  {event['text']}", markup=False, soft_wrap=True)
     if (result := run.result()) and result["failure"]:
         console.print(f"failed: {result['failure']}", markup=False, soft_wrap=True)

@@ -259,7 +259,7 @@ class Display:
             self.figures["step"] = message["step"]
             if message["attempt"] > 1 or message["step"]:
                 self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
-        elif kind == "note":
+        elif kind in ("note", "setup"):
             self.note(message["text"])
         elif kind == "failure":
             self.note(f"attempt {message['attempt']} ended, {message['cause'].replace('_', ' ')}: {message['text']}")

@@ -144,14 +144,20 @@ def _tell(
     recomputed: tuple[activations.Recomputed, str],
 ) -> None:
     """What was chosen for this model and machine."""
-    attention, precision = network.config._attn_implementation, str(placement.dtype).removeprefix("torch.")
+    if rank or mailbox is None:
+        return
+    chosen = {
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "attention": network.config._attn_implementation,
+        "layout": layout,
+        "gradient_checkpointing": recomputed[0],
+    }
     padding = "padded" if layout == "padded" else "without padding"
-    _note(
-        mailbox,
-        rank,
-        f"{precision}, {attention} attention, batches {padding}, gradient checkpointing {recomputed[0]} "
-        f"({recomputed[1]})",
+    text = (
+        f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, gradient checkpointing "
+        f"{recomputed[0]} ({recomputed[1]})"
     )
+    mailbox.put.remote({"kind": "setup", "text": text, **chosen})
 
 
 def _prepare_here(config: Config, run: Run) -> Prepared:
