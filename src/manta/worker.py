@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from ray import train
 
@@ -50,6 +52,7 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
+    times = {"process": psutil.Process().create_time(), "train_func": time.time()}
     settings = dict(config_dict)
     given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
@@ -59,7 +62,7 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     try:
         prepared = Prepared(storage.place(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
         with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
-            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog)
+            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog, times)
     except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
     except (RuntimeError, MemoryError) as error:
@@ -70,7 +73,13 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None, watchdog: Watchdog
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    mailbox: Any,
+    lease: str | None,
+    watchdog: Watchdog,
+    times: dict[str, float],
 ) -> dict[str, Any]:
     from ray.train.torch import get_device
 
@@ -111,6 +120,8 @@ def _train(
     if copy:
         trainer.copy, trainer.entries = copy, copy.entries if rank == 0 else []
 
+    if rank == 0 and mailbox is not None:
+        mailbox.put.remote({"kind": "begun", "times": {**times, "model": time.time()}})
     begin = copy.folder if copy else resume
     outcome = trainer.train(resume_from_checkpoint=str(begin) if begin else None)
     saver.wait()
