@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, nodes, runs, snapshot, spares, storage
+from manta import __version__, cluster, imports, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -45,11 +45,12 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         return finished
 
     with phases("check"):
-        from manta import model
-
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
-        model.check(config)
+        with imports.quickly():
+            from manta import model
+
+            model.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:
             raise ConfigError(
@@ -274,7 +275,8 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
 
 def _train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     """What a worker runs; the driver, which only names it, need not import what a worker does."""
-    from manta.worker import train_func
+    with imports.quickly():
+        from manta.worker import train_func
 
     return train_func(config_dict)
 
