@@ -28,6 +28,7 @@ from manta.callbacks import (
     StopOnRequestCallback,
     register,
 )
+from manta.compiled import CompileCallback
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Layout, Rows, SampleOrder, most_tokens
@@ -112,6 +113,8 @@ def _train(
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
     trainer.add_callback(ProgressOfLoop(watchdog))
+    if config.torch_compile:
+        trainer.add_callback(CompileCallback(network, trainer, partial(_note, mailbox, rank)))
     if config.spare_workers and mailbox is not None:
         trainer.add_callback(SpareWorkersCallback())
     if mailbox is not None and config.step_copies != "off":
@@ -205,6 +208,7 @@ def make_trainer(
     if config.evaluates:
         validation = prepared.tokenized("validation").with_format("numpy")
         picked = np.random.default_rng(config.seed).permutation(len(validation))[: config.max_eval_samples]
+        picked = picked[np.argsort(prepared.lengths("validation")[0][picked], kind="stable")]  # little to pad
         validation = Rows(validation.select(picked, keep_in_memory=True))
     world = placement.world_size
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
