@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, nodes, runs, snapshot, spares, storage
+from manta import __version__, cluster, diagnosis, extras, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -60,11 +60,12 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         return finished
 
     with phases("check"):
-        from manta import model
+        from manta import architecture
 
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
-        model.check(config)
+        extras.check(config)
+        architecture.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:
             raise ConfigError(
@@ -183,8 +184,9 @@ def _fit(
     summary = _summarize(config, run, steps, outcome, monitor, phases)
     manifest.write_json(run.result_file, summary)
     if summary["status"] == FAILED:
+        failure = "\n".join(filter(None, (outcome["failure"], diagnosis.advice(outcome["failure"]))))
         raise TrainingError(
-            f"{run.name} failed: {outcome['failure']}\nWorker logs: {run.logs}. The same command goes on from "
+            f"{run.name} failed: {failure}\nWorker logs: {run.logs}. The same command goes on from "
             f"{summary['latest_checkpoint'] or 'the start'}."
         )
     return summary
