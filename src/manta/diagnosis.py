@@ -82,8 +82,8 @@ def unloadable(name: str, error: BaseException, kind: str = "model", flag: str =
     """Why `name`, a folder here or a model or dataset of the hub, could not be had, and what to do about it."""
     if _is_path(name) and not Path(name).expanduser().exists():
         return (
-            f"there is no such folder.{near(Path(name))} Check {flag}; a folder that was moved is found again by its "
-            f"old name: ln -s NEW_PLACE {name}"
+            f"there is no such folder.{near(Path(name))} Check {flag}; what was moved and a run still looks for there "
+            f"is found by a link: ln -s NEW_PLACE {name}"
         )
     from huggingface_hub import constants, errors, get_token
 

@@ -79,11 +79,9 @@ def trackers(config: Config) -> list[str]:
 def _known(setting: str, value: str, names: Collection[str]) -> None:
     if value in names:
         return
-    nearest = difflib.get_close_matches(value, names, n=1)
-    raise ConfigError(
-        f"{setting} {value} is not known. {f'Did you mean {nearest[0]}? ' if nearest else ''}"
-        f"There are: {', '.join(sorted(names))}. Set --{setting}."
-    )
+    nearest = sorted(name for name in names if name.startswith(value)) or difflib.get_close_matches(value, names)
+    shown = f"Did you mean {', '.join(nearest)}?" if nearest else f"There are: {', '.join(sorted(names))}."
+    raise ConfigError(f"{setting} {value} is not known. {shown} Set --{setting}.")
 
 
 def _has_wandb_key() -> bool:
