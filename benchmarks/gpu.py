@@ -120,7 +120,7 @@ def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def manta(job: dict[str, Any]) -> dict[str, Any]:
     """MantaTrainer with what `auto` chooses; the model alone is made here instead of being loaded."""
-    from manta import activations, attention, model
+    from manta import activations, architecture, attention, model
     from manta.config import Config
     from manta.data.batches import Rows, SampleOrder
     from manta.data.packing import Packs
@@ -142,7 +142,7 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(job["device"])
     placement = model.Placement(device, dtype=torch.bfloat16)
     attention.register()
-    chosen = model.attention_of(config, device.type, model.skeleton(config))
+    chosen = model.attention_of(config, device.type, architecture.skeleton(config))
     base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else torch.bfloat16, chosen)
     network = model.adapted(base, config, placement)
     layout = model.settle_layout(network, config, placement)

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from manta import checkpoint, model
+from manta import architecture, checkpoint, model
 from manta.config import Config
 from manta.model import Placement
 
@@ -60,7 +60,7 @@ def estimate(config: Config, network: Any, placement: Placement, tokens: int) ->
 
     None for a model that cannot run without storage, such as a mixture of experts, whose routing reads values.
     """
-    bare: Any = model.skeleton(config)
+    bare: Any = architecture.skeleton(config)
     bare.to(placement.dtype)
     try:
         saved, products = _saved(bare), _products(bare)

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from manta import __version__
+from manta import __version__, diagnosis
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import console
@@ -127,6 +127,11 @@ class Manta(click.Group):
             ctx.exit(2)
         except TrainingError as error:
             click.echo(f"manta: {error}", err=True)
+            ctx.exit(1)
+        except (OSError, MemoryError, RuntimeError) as error:  # of a library, at work
+            if (message := diagnosis.explain(error)) is None:
+                raise
+            click.echo(f"manta: {message}", err=True)
             ctx.exit(1)
 
 

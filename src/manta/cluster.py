@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,15 @@ def connected(config: Config) -> Iterator[None]:
         raise UserError(
             f"No Ray cluster at {where}: {error}. Start one with `ray start --head`, or leave out --ray_address for a "
             "cluster of Manta's own on this machine."
+        ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        theirs, ours = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))[:2]
+        raise UserError(
+            f"The cluster at {address} runs Ray {theirs[0]} and Python {theirs[1]}, and this is Ray {ours[0]} and "
+            f"Python {ours[1]}: they must be the same. Here: pip install 'ray=={theirs[0]}' under that Python, or "
+            "start the cluster with ours."
         ) from error
     try:
         for name in ("ray.data", "ray.train", "ray"):

@@ -338,7 +338,10 @@ def explain(problem: Any, show: bool = True) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
-    return f"{where}: {message}{f' (got {given})' if show else ''}" if where else message
+    hint = {"float": "a number such as 5e-5 or 0.1", "int": "a whole number such as 100", "bool": "true or false"}
+    write = hint.get(problem["type"].removesuffix("_parsing").removesuffix("_type"), "")
+    given = f" (got {given})" if show else ""
+    return f"{where}: {message}{given}{f'. Write {write}.' if write else ''}" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:

@@ -125,7 +125,10 @@ def usable_checkpoint(run: Run, which: str = "best") -> Checkpoint:
         if problem is None:
             return replace(checkpoint, path=storage.fetch(checkpoint.path))
         problems.append(f"{checkpoint.path.name}: {problem}")
-    raise UserError(f"{run.path} has no usable checkpoint ({'; '.join(problems) or 'none was written'}). Train first.")
+    raise UserError(
+        f"{run.path} has no usable checkpoint ({'; '.join(problems) or 'none was written'}). Train it on: manta train "
+        f"--resume {run.path}"
+    )
 
 
 def load_tuned(config: Config, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from manta import manifest
+from manta import diagnosis, manifest
 from manta.errors import UserError
 
 
@@ -18,8 +18,13 @@ def local_files(name: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.py", *(["*.safetensors"] if weights else [])]
-    with _as_user_errors(f"The base model {name} is neither a folder here nor what the hub gives us"):
+    try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # of the client, of HTTP, of names
+        reason = diagnosis.unloadable(name, error, flag="--base_model")
+        raise UserError(
+            f"The base model {name} is neither a folder here nor what the hub gives us: {reason}."
+        ) from error
 
 
 def check_account(repo: str) -> None:
@@ -62,5 +67,6 @@ def _as_user_errors(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of the client, of HTTP, of names
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{what} ({reason}). Check the name, and `hf auth login` or HF_TOKEN.") from error
+        raise UserError(
+            f"{what}: {diagnosis.first_line(error)}. Check the name, and your token: hf auth login (or HF_TOKEN)."
+        ) from error

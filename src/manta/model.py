@@ -1,4 +1,4 @@
-"""The model: checked in the driver, built on each worker. The only room that tells full fine-tuning from LoRA.
+"""The model as each worker builds it. The only room that tells full fine-tuning from LoRA.
 
 Sharding happens at load: with several workers `from_pretrained(distributed_config=…)` makes every parameter a DTensor
 and each worker reads only its own shards, so that host memory does not grow with the number of workers.
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from manta import attention
+from manta import architecture, attention, diagnosis
 from manta.config import Config
 from manta.data.batches import Layout
-from manta.errors import ConfigError, UserError
+from manta.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 WEIGHTS = "model"  # folder of a checkpoint that holds what was trained
 _UNSHARDED = "Use --sharding_strategy NO_SHARD or --num_workers 1, and please report the model."
@@ -37,8 +37,16 @@ class Placement:
     dtype: torch.dtype = torch.float32  # of the forward and backward pass, the same on all
 
 
-def compute_dtype(config: Config, native: bool) -> torch.dtype:
-    """Precision of the forward and backward pass: what was asked for, else bfloat16 where it is `native`."""
+def compute_dtype(config: Config, native: bool, device: str = "cpu") -> torch.dtype:
+    """Precision of the forward and backward pass: what was asked for, else bfloat16 where it is `native`.
+
+    Raises UserError if it is asked for on a GPU that only imitates it, many times slower than float32.
+    """
+    if config.dtype == "bfloat16" and device == "cuda" and not native:
+        raise UserError(
+            "dtype bfloat16, but a GPU of this run has none (it came with compute capability 8.0, such as A100). "
+            "Use --dtype float32, or leave it out: auto takes what the GPU has."
+        )
     if config.dtype == "auto":
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -84,19 +92,6 @@ def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
     if problem is None:
         return "packed"
     raise UserError(problem)
-
-
-def check(config: Config) -> None:
-    """Everything about the model that can be wrong before a worker starts. Raises UserError; loads no weights."""
-    architecture = _architecture(config)
-    folder = Path(config.hf_model_id).expanduser()
-    if folder.is_dir():
-        _check_weights(folder)
-    if not config.full_ft:
-        _check_targets(skeleton(config), config)
-    longest = getattr(architecture, "max_position_embeddings", None)
-    if longest and config.max_seq_length > longest:
-        raise ConfigError(f"max_seq_length {config.max_seq_length} is over the model's {longest} positions; lower it.")
 
 
 def build(config: Config, placement: Placement, weights: Path | None = None) -> Any:
@@ -246,7 +241,7 @@ def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedM
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if config.full_ft else placement.dtype
-    bare = skeleton(config)
+    bare = architecture.skeleton(config)
     attention.register()
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -255,7 +250,14 @@ def _load_base(config: Config, placement: Placement, source: str) -> PreTrainedM
     }
     if placement.world_size > 1 and config.sharding_strategy != "NO_SHARD":
         arguments["distributed_config"] = _distributed(config, placement, bare)
-    model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    except ImportError as error:  # a package that only some nodes have
+        needs = f"{config.hf_model_id} with attn_implementation {arguments['attn_implementation']}"
+        raise UserError(
+            f"{needs} needs a package that is not on this node: {diagnosis.first_line(error)}. Install it there, or "
+            "leave out --attn_implementation."
+        ) from error
     model.config.use_cache = False  # of keys and values: of no use in training, and in the way of recomputation
     return model
 
@@ -276,29 +278,6 @@ def _distributed(config: Config, placement: Placement, bare: PreTrainedModel) ->
     )
 
 
-def _architecture(config: Config) -> PretrainedConfig:
-    from huggingface_hub.utils import logging
-    from transformers import AutoConfig
-
-    logging.set_verbosity_error()  # one message at the end instead of one per retry
-    try:
-        return AutoConfig.from_pretrained(config.hf_model_id, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"The model {config.hf_model_id} is neither a folder with a config.json here nor a model the hub gives us "
-            f"({reason}). Check --hf_model_id; for a gated model accept its terms and set HF_TOKEN."
-        ) from error
-
-
-def skeleton(config: Config) -> PreTrainedModel:
-    """The base model without storage: names and shapes only."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_architecture(config), trust_remote_code=config.trust_remote_code)
-
-
 def layer_names(model: Any) -> set[str]:
     """Names of the decoder layers: the modules that their own library says are not to be split."""
     kinds = set(_base(model)._no_split_modules or ())
@@ -307,36 +286,3 @@ def layer_names(model: Any) -> set[str]:
         return any(kind.__name__ in kinds for kind in type(module).__mro__)
 
     return {name for name, module in model.named_modules() if is_layer(module) and name[-1:].isdigit()}
-
-
-def _check_weights(folder: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors weights. Check --hf_model_id, or download the model again.")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or cut off ({error}). Download the model again.") from error
-
-
-def _check_targets(bare: PreTrainedModel, config: Config) -> None:
-    if config.lora_target_modules.strip() == "all-linear":
-        return
-    names = {name.rpartition(".")[2] for name, module in bare.named_modules() if hasattr(module, "weight")}
-    wanted = [name.strip() for name in config.lora_target_modules.split(",")]
-    if missing := [name for name in wanted if name.rpartition(".")[2] not in names]:
-        linear = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in bare.named_modules()
-                if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-            }
-        )
-        raise ConfigError(
-            f"lora_target_modules names {missing}, which {config.hf_model_id} does not have. "
-            f"Its linear modules: {', '.join(linear) or 'none'}. Set --lora_target_modules, or all-linear."
-        )

@@ -23,8 +23,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(manifest.read_text(storage.place(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}, {_where(error)} Write `setting: value`, indented with spaces.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {error}. Give --config another file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `setting: value` lines, not {type(values).__name__}.")
     return values
@@ -44,3 +46,13 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
     data = {name.removeprefix("hfdc_"): value for name, value in flags.items() if name.startswith("hfdc_")}
     settings = {name: value for name, value in flags.items() if not name.startswith("hfdc_")}
     return settings | ({"hf_dataset_config": data} if data else {})
+
+
+def _where(error: yaml.MarkedYAMLError) -> str:
+    """Line, its text and what is wrong with it. A line without a colon is noticed in the one after it."""
+    began_it = "simple key" in (error.context or "")
+    mark = (error.context_mark if began_it else None) or error.problem_mark
+    if mark is None:
+        return f"is no YAML: {error.problem}."
+    text = (mark.get_snippet(indent=0, max_length=60) or "").partition("\n")[0]
+    return f"line {mark.line + 1}, is no YAML ({error.problem}): {text.strip()!r}."

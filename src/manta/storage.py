@@ -170,13 +170,15 @@ def arrow(path: Path) -> tuple[str, Any]:
     return cast(Any, path).path, PyFileSystem(FSSpecHandler(_store(path)))
 
 
-def check(name: str) -> None:
+def check(name: str, setting: str = "results_dir") -> None:
     """Write, read and delete a small file in `name`, before anything is loaded. Raises UserError if that fails."""
     folder = place(name)
     if not is_remote(folder):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(f"results_dir {name} cannot be written: {there} is read-only or no folder. Set another.")
+            raise UserError(
+                f"{setting} {name} cannot be written: {there} is read-only or no folder. Set another --{setting}."
+            )
         return
     token = uuid.uuid4().hex
     probe = folder / f".manta-{token}"
@@ -191,7 +193,7 @@ def check(name: str) -> None:
             "credentials: the environment's (AWS_PROFILE, AWS_ENDPOINT_URL, …) or the machine's role."
         ) from error
     if read != token:
-        raise UserError(f"{name} does not give back what was written there. Set another --results_dir.")
+        raise UserError(f"{name} does not give back what was written there. Set another --{setting}.")
 
 
 def _fetch(folder: Path, here: Path, about: dict[str, Any]) -> None:

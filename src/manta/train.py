@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, imports, manifest, nodes, runs, snapshot, spares, storage
+from manta import __version__, cluster, diagnosis, extras, imports, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -47,10 +47,11 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     with phases("check"):
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
+        extras.check(config)
         with imports.quickly():
-            from manta import model
+            from manta import architecture
 
-            model.check(config)
+            architecture.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:
             raise ConfigError(
@@ -168,8 +169,9 @@ def _fit(
     summary = _summarize(config, run, steps, outcome, monitor, phases)
     manifest.write_json(run.result_file, summary)
     if summary["status"] == FAILED:
+        failure = "\n".join(filter(None, (outcome["failure"], diagnosis.advice(outcome["failure"]))))
         raise TrainingError(
-            f"{run.name} failed: {outcome['failure']}\nWorker logs: {run.logs}. The same command goes on from "
+            f"{run.name} failed: {failure}\nWorker logs: {run.logs}. The same command goes on from "
             f"{summary['latest_checkpoint'] or 'the start'}."
         )
     return summary

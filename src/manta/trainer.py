@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from manta import checkpoint, copies, ledger
+from manta import checkpoint, copies, extras, ledger
 from manta.config import Config
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
@@ -281,7 +281,6 @@ def training_arguments(config: Config, run: Run, placement: Placement, accumulat
         scheduler, scheduler_options = "cosine_with_min_lr", {"min_lr": config.min_learning_rate}
     warmup = config.warmup_steps
     cpus = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # Ray sets it to what the worker reserved
-    reports = [] if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")]
     os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir or str(run.here / "tensorboard")
     return TrainingArguments(
         output_dir=str(run.here),
@@ -315,6 +314,6 @@ def training_arguments(config: Config, run: Run, placement: Placement, accumulat
         ignore_data_skip=True,  # the loader starts at the right step by itself
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
-        report_to=reports + (["wandb"] if config.use_wandb and "wandb" not in reports else []),
+        report_to=extras.trackers(config),
         run_name=run.name,
     )

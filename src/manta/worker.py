@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 import time
@@ -17,7 +16,7 @@ import psutil
 import ray
 from ray import train
 
-from manta import activations, checkpoint, copies, model, progress, storage
+from manta import activations, checkpoint, copies, diagnosis, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -38,9 +37,6 @@ from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed, training_arguments
 from manta.watchdog import ProgressOfLoop, Watchdog
-
-# torch raises a class of its own for the allocator of a GPU only; on CPU, in NCCL and in cuBLAS it is a RuntimeError.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +82,10 @@ def _train(
 
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    native = all(checkpoint.gather(model.computes_bfloat16(get_device().type)))
+    device = get_device()
+    native = all(checkpoint.gather(model.computes_bfloat16(device.type)))
     nodes = max(1, world // context.get_local_world_size())
-    placement = model.Placement(get_device(), world, nodes, model.compute_dtype(config, native))
+    placement = model.Placement(device, world, nodes, model.compute_dtype(config, native, device.type))
 
     resume, damaged = _resume_point(run, mailbox, rank)
     if resume:
@@ -334,7 +331,7 @@ def _announce(mailbox: Any, rank: int, start: int, source: str) -> dict[str, Any
 
 def _tell_if_out_of_memory(error: BaseException, mailbox: Any) -> None:
     """Before the error is raised: the next attempt's micro-batches depend on it."""
-    if mailbox is None or not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+    if mailbox is None or not diagnosis.is_out_of_memory(error):
         return
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     ray.get(mailbox.report.remote("out_of_memory", f"rank {train.get_context().get_world_rank()}: {text}"))

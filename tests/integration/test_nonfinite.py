@@ -15,6 +15,7 @@ from manta.runs import Run
 from manta.train import train
 from running import lines, logged, max_difference, order_of, prepared_of, small_config, weights
 from tiny import tiny_model
+from troubleshooting import check
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -45,6 +46,7 @@ def test_infinite_weight_of_the_base_stops_the_first_step(tmp_path):
     spoil(tmp_path / "base", "model.layers.1.mlp.down_proj.weight", 3, float("inf"))
     run, message = failure(small_config(tmp_path, full_ft=True, run_name="spoiled", eval_steps=0, save_steps=1))
     assert "step 1 " in message and "nan" in message
+    check("The gradient is NaN", message)
     assert run.result()["attempts"] == 1 and run.result()["status"] == "failed"
     assert list(run.path.glob("checkpoint_0*")) == []
 

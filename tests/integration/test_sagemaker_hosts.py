@@ -24,6 +24,7 @@ from manta.launch.job import flags
 from manta.launch.sagemaker import encoded
 from running import CANARY, small_config, wait_for
 from s3 import variables
+from troubleshooting import check
 
 pytestmark = [
     pytest.mark.slow,
@@ -179,6 +180,7 @@ def test_a_host_that_does_not_come_ends_the_job_with_its_name(net):
     alone = start(b, "alone.log", "--join_timeout", "3")
     assert end(alone, b, "alone.log", 60) == 2
     assert "algo-1 (10.78.0.1) has no Ray on port 6379 after 3 s" in text(b, "ml/output/failure")
+    check("Hosts of a job do not find each other", text(b, "ml/output/failure"))
     limit, begun = 20, time.monotonic()
     waiting = start(a, "waiting.log", "--join_timeout", str(limit))
     assert end(waiting, a, "waiting.log", 120) == 2

@@ -22,6 +22,7 @@ from manta.runs import Run
 from manta.train import train
 from running import lines, logged, max_difference, max_gap, order_of, run_of, small_config, weights
 from tiny import tiny_model
+from troubleshooting import check
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -141,6 +142,7 @@ def test_an_error_that_repeats_at_its_step_stops_the_second_time(tmp_path):
         train(config)
     run = folder_of(config)
     assert re.search(r"Step \d+ failed twice, .*IndexError", str(caught.value))
+    check("A token is beyond the model's vocabulary", str(caught.value))
     assert [failure["cause"] for failure in events(run, "failure")] == ["error", "error"]
     assert run.result()["attempts"] == 2 and run.result()["failure"] in str(caught.value)
 

@@ -118,6 +118,7 @@ def is_ready(prepared: Prepared) -> bool:
 
 def open_job(config: Config, prepared: Prepared) -> Job:
     """The sources, opened, with their formats and splits. Raises UserError on bad input, before anything is made."""
+    storage.check(config.data_dir, "data_dir")
     cache = _cache(prepared)
     try:
         sources = source.open_sources(config.hf_dataset_config, cache)

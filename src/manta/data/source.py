@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from manta import manifest
+from manta import diagnosis, manifest
 from manta.data import lines
 from manta.data.lines import SHARD_BYTES, SHARD_ROWS, BadRow
 from manta.dataset_config import HFDatasetConfig
@@ -123,7 +123,7 @@ def local_path(config: HFDatasetConfig) -> Path | None:
         return path
     name = config.dataset_name
     if _kind(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"There is no file or folder {path}. Check --hfdc_dataset_name.")
+        raise UserError(f"There is no file or folder {path}.{diagnosis.near(path)} Check --hfdc_dataset_name.")
     return None
 
 
@@ -286,8 +286,7 @@ def _empty(config: HFDatasetConfig) -> UserError:
 
 
 def _unreachable(config: HFDatasetConfig, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = diagnosis.unloadable(config.dataset_name, error, "dataset", "--hfdc_dataset_name")
     return UserError(
-        f"{config.dataset_name} is neither a file or folder here nor a dataset the hub gives us ({reason}). "
-        "Check --hfdc_dataset_name; for a private dataset set HF_TOKEN."
+        f"{config.dataset_name} is neither a file or folder here nor a dataset the hub gives us: {reason}."
     )

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-from manta import manifest
+from manta import diagnosis, manifest
 from manta.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,10 +66,13 @@ def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The tokenizer of {model_id} cannot be loaded: {reason}") from error
+        reason = diagnosis.unloadable(model_id, error)
+        raise UserError(f"The tokenizer of {model_id} cannot be loaded: {reason}.") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of {model_id} has no EOS token, so a tuned model could never learn to stop.")
+        raise UserError(
+            f"The tokenizer of {model_id} has no EOS token, so a tuned model could never learn to stop. Set eos_token "
+            "in its tokenizer_config.json, or choose a model that has one."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by attention_mask and labels, never by its id
     return tokenizer
