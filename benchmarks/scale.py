@@ -244,6 +244,8 @@ def measure(workers: int, steps: int, step_s: float) -> dict[str, Any]:
     from manta.attempts import Attempts, Policy
     from manta.controller import Supervisor
     from manta.progress import Display, Monitor, open_mailbox
+    from manta.runs import Run
+    from manta.status import Status
 
     mailbox, name = open_mailbox(Attempts(Policy(2, 2, 1, halve=True)))
     actor = psutil.Process(ray.get(mailbox.__ray_call__.remote(lambda self: os.getpid())))
@@ -255,8 +257,8 @@ def measure(workers: int, steps: int, step_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as null:
         console = Console(file=null)
         with (
-            Display("scale", steps, console) as display,
-            Monitor(mailbox, Path(folder) / "events", Path(folder) / "metrics", display) as monitor,
+            Display("scale", status := Status("scale", max_steps=steps), console) as display,
+            Monitor(mailbox, Run(Path(folder)), status, display) as monitor,
         ):
             samples: list[tuple[float, float]] = []
 

@@ -44,9 +44,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
-ASKED_TO_STOP = 75
-
 
 class SectionedCommand(click.Command):
     """Help with the options under headings, in the order of the config."""
@@ -155,13 +152,13 @@ def main() -> None:
 def _train(resume: str | None, **flags: Any) -> None:
     """Prepare data, fine-tune, keep the best checkpoint. The same command after a kill goes on where it was."""
     config = config_from_flags(flags, resume)
+    from manta.outcome import exit_code
     from manta.report import print_summary
     from manta.train import train
 
     result = train(config)
     print_summary(result)
-    if result["status"] == "stopped" and result["asked_to_stop"]:
-        sys.exit(ASKED_TO_STOP)
+    sys.exit(exit_code(result))
 
 
 def _prepare(**flags: Any) -> None:
@@ -257,6 +254,19 @@ def runs_show(run: str) -> None:
     from manta.runs import open_run
 
     history.print_run(open_run(run), console())
+
+
+@runs.command("watch")
+@click.argument("run")
+@click.option("--wait", is_flag=True, help="Wait for a run that has not begun")
+def runs_watch(run: str, wait: bool) -> None:
+    """Follow a run from another terminal or host; ends with it, and with its exit code. Ctrl-C leaves it running.
+
+    0: finished, or stopped at the step that was asked for; 75: stopped by a signal; 1: failed, or its driver is gone.
+    """
+    from manta import watch
+
+    sys.exit(watch.watch(watch.find(run, wait), console(stderr=True), console()))
 
 
 @runs.command("verify")

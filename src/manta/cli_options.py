@@ -26,8 +26,8 @@ def run_of(run: str | None, base_model: str | None, checkpoints_dir: str, full_f
     return runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
 
 
-def console() -> Any:
-    """Where verbs print what was asked for."""
+def console(stderr: bool = False) -> Any:
+    """Where verbs print what was asked for; with `stderr`, what they are doing."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=stderr)

@@ -17,9 +17,10 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json, without_password
+from manta.dataset_config import HFDatasetConfig, LintConfig, explain, parse_json, without_password
 from manta.errors import ConfigError
 from manta.recipe import merged, read_recipe
+from manta.references import writable
 
 Metric = Literal["eval_loss", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"]
 GENERATED = frozenset(get_args(Metric)) - {"eval_loss"}  # figures of answers
@@ -196,6 +197,11 @@ class Config(BaseModel):
     logging_dir: str | None = Field(None, description="TensorBoard's folder; default: tensorboard in the run's folder")
     report_to: str = Field("none", min_length=1, description="tensorboard, wandb, mlflow (comma-separated), or none")
     use_wandb: bool = Field(False, description="Same as adding wandb to --report_to")
+    notify: str | None = Field(
+        None, description="URL or command to tell of the end, a failure or a restart; env:NAME: what NAME holds"
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port for Prometheus, at the driver; 0: none")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address that metrics_port is opened at")
 
     @field_validator("resources_per_worker", "validation_resources", "chat_template_kwargs", "lint", mode="before")
     @classmethod
@@ -215,6 +221,7 @@ class Config(BaseModel):
         return variables
 
     _check_places = field_validator("results_dir", "data_dir")(without_password)
+    _check_notify = field_validator("notify")(writable)
 
     @field_validator("run_name")
     @classmethod
@@ -313,6 +320,7 @@ NOT_SHAPING = frozenset(
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),
         *("dataloader_num_workers", "per_device_eval_batch_size", "torch_timeout_s", "bad_rows_limit", "lint"),
+        *("notify", "metrics_port", "metrics_host"),
         *("validation_resources", "resize_check_s", "max_node_losses", "step_timeout_s", "out_of_memory", "non_finite"),
     )
 )
@@ -331,17 +339,6 @@ def did_you_mean(key: str) -> str:
     wanted = key.replace("-", "_").removeprefix("hfdc_").removeprefix("hf_dataset_config.")
     nearest = difflib.get_close_matches(wanted, names, n=1)
     return f" Did you mean {names[nearest[0]]}?" if nearest else " `manta train --help` lists them all."
-
-
-def explain(problem: Any, show: bool = True) -> str:
-    """One of pydantic's errors as a line, with the value given if `show`."""
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
-    hint = {"float": "a number such as 5e-5 or 0.1", "int": "a whole number such as 100", "bool": "true or false"}
-    write = hint.get(problem["type"].removesuffix("_parsing").removesuffix("_type"), "")
-    given = f" (got {given})" if show else ""
-    return f"{where}: {message}{given}{f'. Write {write}.' if write else ''}" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
@@ -46,6 +47,17 @@ def without_password(place: str) -> str:
             "whose client takes credentials from the environment, such as s3://"
         )
     return place
+
+
+def explain(problem: Any, show: bool = True) -> str:
+    """One of pydantic's errors as a line, with the value given if `show`."""
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
+    hint = {"float": "a number such as 5e-5 or 0.1", "int": "a whole number such as 100", "bool": "true or false"}
+    write = hint.get(problem["type"].removesuffix("_parsing").removesuffix("_type"), "")
+    given = f" (got {given})" if show else ""
+    return f"{where}: {message}{given}{f'. Write {write}.' if write else ''}" if where else message
 
 
 class HFDatasetConfig(BaseModel):

@@ -1,4 +1,4 @@
-"""Lines of JSON that are added to a file, on a disk or on an object store."""
+"""Lines of JSON that are added to a file and read as they come, on a disk or on an object store."""
 
 from __future__ import annotations
 
@@ -86,3 +86,25 @@ def append_json(path: Path, value: dict[str, Any]) -> None:
     log = JsonLines._opened.get(str(path)) or JsonLines(path)
     log.add(value)
     log.flush(now=True)
+
+
+class NewLines:
+    """What was added to a file since the last look. Half a line is left for the next one."""
+
+    def __init__(self, path: Path):
+        self.path, self._read = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Whole lines, oldest first; none while there is no file."""
+        try:
+            if is_remote(self.path):
+                added = manifest.read_text(self.path).encode()[self._read :]
+            else:
+                with self.path.open("rb") as file:
+                    file.seek(self._read)
+                    added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]

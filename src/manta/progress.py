@@ -5,27 +5,32 @@ A side channel on purpose: `ray.train.report` is collective and costs up to two 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 import uuid
-from pathlib import Path
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from manta import manifest, storage
 from manta.attempts import Attempts, Cause
 from manta.config import GENERATED
 from manta.jsonl import JsonLines
 from manta.patience import Patience
-from manta.runs import METRIC
+from manta.runs import METRIC, Run
+from manta.status import Status
 
 NAMESPACE = "manta"
 _POLL_S = 0.25
-_PLAIN_EVERY_S = 5.0
+_PLAIN_EVERY_S, _PLAIN_AT_LEAST_S = 5.0, 60.0
+LOOK_S = {False: 1.0, True: 5.0}  # how often `progress.json` is written and looked at; by whether it is remote
 
 
 # What all ranks agree on after a step; the larger wins.
@@ -152,17 +157,26 @@ def find_mailbox(name: str | None) -> Any | None:
 
 
 class Monitor:
-    """Drains a mailbox in a thread of the driver: events.jsonl, metrics.jsonl, and the display."""
+    """Drains a mailbox in a thread of the driver: `status`, the run's files, the display, and who else `listens`."""
 
-    def __init__(self, mailbox: Any, events: Path, metrics: Path, display: Display):
-        self.mailbox, self.display = mailbox, display
-        self.events, self.metrics = JsonLines(events), JsonLines(metrics)
+    def __init__(
+        self,
+        mailbox: Any,
+        run: Run,
+        status: Status,
+        display: Display,
+        listens: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.mailbox, self.run, self.status, self.display = mailbox, run, status, display
+        self.takers = [status.take, *([listens] if listens else []), display.take]
+        self.events, self.metrics = JsonLines(run.events_file), JsonLines(run.metrics_file)
         self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
         self.first_step_time: float | None = None
         self.last_step_time: float | None = None
         self.begun: dict[str, float] = {}  # by phases.BEGUN, of the first workers
         self.stop_wanted = threading.Event()  # set by a signal handler, which must not call Ray itself
         self._stop = threading.Event()
+        self._next_look = 0.0
         self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
 
     def __enter__(self) -> Self:
@@ -184,6 +198,9 @@ class Monitor:
                 self.mailbox.want_stop.remote()
                 passed_on = True
             self._drain()
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + LOOK_S[storage.is_remote(self.run.path)]
+                self.write_progress()
         self._drain()
 
     def _drain(self) -> None:
@@ -216,29 +233,31 @@ class Monitor:
             self.begun = self.begun or message["times"]
         elif kind != "restart":  # what the judged failure will say again
             self.events.add(message)
-        self.display.take(message)
+        for take in self.takers:
+            take(message)
+
+    def write_progress(self) -> None:
+        """For `manta runs watch`. What cannot be written now is out of date when it could be, so nobody is told."""
+        with contextlib.suppress(Exception):  # of any client of a store
+            manifest.write_json(self.run.progress_file, self.status.as_dict())
 
 
 class Display:
     """A live bar with figures below it on a terminal; a plain line every few seconds in a file or a pipe."""
 
-    def __init__(self, title: str, total_steps: int, console: Console | None = None):
+    def __init__(self, title: str, status: Status, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False)
-        self.total = total_steps
-        self.figures: dict[str, Any] = {}
-        self.recent: list[tuple[float, int]] = []
-        self.last_plain = 0.0
+        self.title, self.status = title, status
+        self.next_plain = 0.0
+        self.began = time.monotonic()
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("[yellow]{task.fields[elapsed]}[/]  ETA [cyan]{task.fields[eta]}"),
         )
-        self.task = self.bar.add_task(title, total=total_steps)
+        self.task = self.bar.add_task(title, total=status.max_steps, elapsed="", eta="")
         self.live = Live(get_renderable=self._render, console=self.console) if self.console.is_terminal else None
-        self.title = title
 
     def __enter__(self) -> Self:
         if self.live:
@@ -250,62 +269,64 @@ class Display:
             self.live.stop()
 
     def take(self, message: dict[str, Any]) -> None:
-        kind = message["kind"]
-        if kind == "step":
-            self.recent.append((message["time"], message["tokens"]))
-            self.recent = [entry for entry in self.recent if entry[0] > message["time"] - 10]
-            self.figures["step"] = max(message["step"], self.figures.get("step", 0))
-        elif kind == "log":
-            self.figures |= {key: message[key] for key in ("loss", "eval_loss", "learning_rate") if key in message}
-        elif kind == "attempt":
-            self.figures["workers"] = message["world_size"]
-            self.figures["step"] = message["step"]
-            if message["attempt"] > 1 or message["step"]:
-                self.note(f"attempt {message['attempt']} goes on from step {message['step']}")
-        elif kind in ("note", "setup"):
-            self.note(message["text"])
-        elif kind == "failure":
-            self.note(f"attempt {message['attempt']} ended, {message['cause'].replace('_', ' ')}: {message['text']}")
-        elif kind == "validation":
-            told = ", ".join(f"{name} {message[name]:.4g}" for name in sorted(GENERATED & message.keys()))
-            self.note(f"answers of step {message['step']}: {told}")
-        elif kind == "restart":
-            self.note(f"the workers ended: {message['text']}")
-        self._show(force=kind == "log" and "eval_loss" in message)
+        """Tell a message of the mailbox that `status` has taken."""
+        if text := told(message):
+            self.note(text)
+        self.show(now=message["kind"] == "log" and "eval_loss" in message)
 
     def note(self, text: str) -> None:
         say(self.console, f"{self.title}: {text}")
 
-    def _show(self, force: bool) -> None:
-        step = self.figures.get("step", 0)
-        line = self._line()
-        self.bar.update(self.task, completed=step)
-        now = time.monotonic()
-        if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
-            self.last_plain = now
-            say(self.console, f"{self.title}: step {step}/{self.total}  {line}")
+    def show(self, now: bool = False) -> None:
+        """A plain line where there is no terminal, if it is time for one; the longer it goes on, the fewer."""
+        clock = time.monotonic()
+        if self.live or not (line := self._line()) or not (now or clock >= self.next_plain):
+            return
+        self.next_plain = clock + min(max(_PLAIN_EVERY_S, (clock - self.began) / 20), _PLAIN_AT_LEAST_S)
+        status = self.status
+        eta = f"  ETA {_clock(status.eta_s)}" if status.eta_s else ""
+        say(self.console, f"{self.title}: step {status.step}/{status.max_steps or '?'}  {line}{eta}")
 
     def _render(self) -> RenderableType:
-        return Group(self.bar, Text(f"  {self._line() or 'starting workers'}"))
+        status = self.status
+        elapsed, eta = _clock(time.time() - status.began), _clock(status.eta_s)
+        self.bar.update(self.task, completed=status.step, total=status.max_steps, elapsed=elapsed, eta=eta)
+        return Group(self.bar, Text(f"  {self._line()}"))
 
     def _line(self) -> str:
-        parts = [
-            f"{label} {self.figures[key]:{form}}"
-            for key, label, form in (
-                ("loss", "loss", ".4f"),
-                ("eval_loss", "eval", ".4f"),
-                ("learning_rate", "lr", ".2e"),
-            )
-            if key in self.figures
-        ]
-        if len(self.recent) > 1 and (seconds := self.recent[-1][0] - self.recent[0][0]) > 0:
-            parts.append(f"{sum(tokens for _, tokens in self.recent[1:]) / seconds:,.0f} tok/s")
-        if "workers" in self.figures:
-            count = self.figures["workers"]
-            parts.append(f"{count} worker{'s' if count > 1 else ''}")
+        status = self.status
+        figures = (("loss", status.loss, ".4f"), ("eval", status.eval_loss, ".4f"), ("lr", status.learning_rate, ".2e"))
+        parts = [f"{label} {value:{form}}" for label, value, form in figures if value is not None]
+        if status.tokens_per_second:
+            parts.append(f"{status.tokens_per_second:,.0f} tok/s")
+        if status.workers:
+            parts.append(f"{status.workers} worker{'s' * (status.workers > 1)}")
+        if status.attempt > 1:
+            parts.append(f"attempt {status.attempt}")
+        if status.state in ("starting", "restarting"):
+            parts.append(f"{status.state} workers")
         return "  ".join(parts)
+
+
+def told(message: dict[str, Any]) -> str | None:
+    """An event as a line for people, or None where figures tell all of it."""
+    kind = message["kind"]
+    if kind == "attempt" and (message["attempt"] > 1 or message["step"]):
+        return f"attempt {message['attempt']} goes on from step {message['step']}"
+    if kind in ("note", "setup"):
+        return message["text"]
+    if kind == "failure":
+        return f"attempt {message['attempt']} ended, {message['cause'].replace('_', ' ')}: {message['text']}"
+    if kind == "validation":
+        figures = ", ".join(f"{name} {message[name]:.4g}" for name in sorted(GENERATED & message.keys()))
+        return f"answers of step {message['step']}: {figures}"
+    return f"the workers ended: {message['text']}" if kind == "restart" else None
 
 
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup, no wrapping."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=max(0, round(seconds))))

@@ -9,6 +9,7 @@ results/<run>/
     lease.json                   which driver has the run, while one has
     events.jsonl                 attempts, saves, failures, in order
     metrics.jsonl                every log line of the training loop
+    progress.json                how far it is, renewed while it runs
     ledger/                      which samples each step consumed
     logs/                        one file per worker
     result.json                  how it ended
@@ -98,6 +99,10 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def progress_file(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
     def ledger(self) -> Path:
         return self.path / "ledger"
 
@@ -120,8 +125,10 @@ class Run:
             raise UserError(f"{self.path} does not say which data it trained on: {_DATA} is missing.") from error
 
     def start(self, config: Config, prepared: Path) -> None:
-        """Make the folder, with what is needed to repeat the run and to find its data."""
+        """Make the folder, with what is needed to repeat the run and to find its data; how it ended before is gone."""
         storage.make_folder(self.path)
+        for file in (self.result_file, self.progress_file):
+            file.unlink(missing_ok=True)
         one_start = {"stop_at_step": None, "resume_from_checkpoint": True}  # belong to this start, not to the run
         manifest.write_json(self.path / _DATA, {"prepared": str(prepared)})
         manifest.write_text(self.config_file, config.model_copy(update=one_start).dump())

@@ -12,21 +12,23 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, diagnosis, extras, imports, manifest, nodes, runs, snapshot, spares, storage
+from manta import cluster, extras, imports, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
 from manta.errors import ConfigError, TrainingError
+from manta.gauges import served
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
+from manta.notify import Notifier
+from manta.outcome import FAILED, FINISHED, summarize, why_failed
 from manta.patience import Patience
 from manta.phases import Phases
 from manta.preparation import absolute, check_data, make
 from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
-
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+from manta.status import Status
 
 
 def train(config: Config, console: Console | None = None, title: str = "train") -> dict[str, Any]:
@@ -44,6 +46,22 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         say(console, f"{title}: {run.name} is finished already; --run_name starts another.")
         return finished
 
+    status = Status(run.name)
+    notifier = Notifier(config.notify, status, str(run.path), lambda text: say(console, f"{title}: {text}"))
+    with served(status, config.metrics_host, config.metrics_port), notifier:
+        try:
+            result = _train(config, run, status, notifier, phases, console, title)
+        except BaseException as error:
+            status.state = FAILED
+            notifier.failed(error)
+            raise
+        notifier.ended(result)
+        return result
+
+
+def _train(
+    config: Config, run: Run, status: Status, notifier: Notifier, phases: Phases, console: Console, title: str
+) -> dict[str, Any]:
     with phases("check"):
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
@@ -80,7 +98,7 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
             say(console, f"{title}: {done}")
         if latest := run.latest():
             say(console, f"{title}: {run.name} goes on from {latest.path.name}")
-        return _fit(config, run, prepared, lease, phases, console, title)
+        return _fit(config, run, prepared, lease, status, notifier, phases, console, title)
 
 
 def resolve(config: Config) -> tuple[Config, Run]:
@@ -141,7 +159,15 @@ def max_steps(config: Config, sequences: int) -> int:
 
 
 def _fit(
-    config: Config, run: Run, prepared: Prepared, lease: Lease, phases: Phases, console: Console, title: str
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    lease: Lease,
+    status: Status,
+    notifier: Notifier,
+    phases: Phases,
+    console: Console,
+    title: str,
 ) -> dict[str, Any]:
     from ray.exceptions import RayActorError
     from ray.train import TrainingFailedError
@@ -150,9 +176,10 @@ def _fit(
     mailbox, name = open_mailbox(_attempts(config, run), config.metric_for_best, _patience(config, run))
     outcome: dict[str, Any] = {}
     fit_started = time.time()
+    status.begin(steps, run.latest())
     with (
-        Display(title, steps, console) as display,
-        Monitor(mailbox, run.events_file, run.metrics_file, display) as monitor,
+        Display(title, status, console) as display,
+        Monitor(mailbox, run, status, display, notifier.take) as monitor,
         _stopping_on_sigterm(monitor.stop_wanted),
     ):
         try:
@@ -166,14 +193,12 @@ def _fit(
         except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
             outcome = {"failure": "interrupted"}
     phases.until_first_step(fit_started, monitor.begun, monitor.first_step_time or time.time())
-    summary = _summarize(config, run, steps, outcome, monitor, phases)
+    summary = summarize(config, run, steps, outcome, monitor, phases.start, phases.seconds)
     manifest.write_json(run.result_file, summary)
+    status.state = summary["status"]
+    monitor.write_progress()
     if summary["status"] == FAILED:
-        failure = "\n".join(filter(None, (outcome["failure"], diagnosis.advice(outcome["failure"]))))
-        raise TrainingError(
-            f"{run.name} failed: {failure}\nWorker logs: {run.logs}. The same command goes on from "
-            f"{summary['latest_checkpoint'] or 'the start'}."
-        )
+        raise TrainingError(why_failed(run, summary))
     return summary
 
 
@@ -302,38 +327,3 @@ def _validation(config: Config, run: Run, prepared: Prepared, mailbox: str) -> A
     from manta import validation
 
     return validation.for_ray(config, run, prepared, mailbox, _validator(config, config.device))
-
-
-def _summarize(
-    config: Config, run: Run, steps: int, outcome: dict[str, Any], monitor: Monitor, phases: Phases
-) -> dict[str, Any]:
-    failure = outcome.get("failure")
-    done = outcome.get("step", 0)
-    asked = monitor.stop_wanted.is_set()
-    stopped = done < steps and (asked or (config.stop_at_step is not None and config.stop_at_step <= done))
-    best, latest = run.best(), run.latest()
-    seconds = (monitor.last_step_time or 0) - (monitor.first_step_time or 0)
-    phases.seconds["total"] = round(time.time() - phases.start, 3)
-    return {
-        "status": FAILED if failure else STOPPED if stopped else FINISHED,
-        "failure": failure,
-        "run": str(run.path),
-        "steps": done or (latest.step if latest else 0),
-        "max_steps": steps,
-        "asked_to_stop": asked,
-        "stopped_early": not failure and not stopped and done < steps,
-        "metric": config.metric_for_best,
-        "best_metric": outcome.get("best_eval_loss") if config.metric_for_best == METRIC else run.best_value(),
-        "best_checkpoint": str(best.path) if best else None,
-        "latest_checkpoint": str(latest.path) if latest else None,
-        "train_loss": outcome.get("train_loss"),
-        "epoch": outcome.get("epoch"),
-        "attempts": len(run.world_sizes()),
-        "world_sizes": run.world_sizes(),
-        "skipped_steps": len({event["skipped_step"] for event in run.events() if "skipped_step" in event}),
-        "tokens": monitor.tokens,
-        "tokens_per_second": round(monitor.tokens_timed / seconds, 1) if seconds > 0 else None,
-        "seconds": phases.seconds,
-        "sharding": outcome.get("sharding"),
-        "manta": __version__,
-    }

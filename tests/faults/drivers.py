@@ -16,7 +16,7 @@ from faults.bench import Bench, Row
 from faults.job import Job
 from faults.workers import DAMAGE, SAVING, end, flip
 from manta import manifest
-from manta.cli import ASKED_TO_STOP
+from manta.outcome import ASKED_TO_STOP
 from manta.runs import Checkpoint
 from manta.snapshot import NAME as SNAPSHOT
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from manta import ledger
-from manta.cli import ASKED_TO_STOP
 from manta.config import Config
 from manta.errors import ConfigError
+from manta.outcome import ASKED_TO_STOP
 from manta.runs import Run
 from manta.train import train
 from running import lines, logged, max_difference, max_gap, order_of, prepared_of, run_of, small_config, weights
