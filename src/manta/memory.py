@@ -23,6 +23,8 @@ from manta.model import Placement
 from manta.simulation import Shape, simulate
 
 _SHARE = 0.7  # of what is free: allocators fragment, and a spare process wants some too
+# What allocators keep of what was freed, and what threads and kernels take, on a CPU: benchmarks/results/*-plan.md.
+HELD, RUNTIME = 1.0, 0
 _CGROUP = Path("/sys/fs/cgroup")
 _ADAM = 8  # bytes of optimizer state per trained parameter where the optimizer cannot be tried
 
@@ -58,6 +60,11 @@ class Memory:
     @property
     def total(self) -> int:
         return self.step + self.copies
+
+    @property
+    def resident(self) -> int:
+        """What the system will count for the most of a step, beside what the imports take."""
+        return int(self.step * HELD) + RUNTIME
 
     @property
     def beside_weights(self) -> int:
@@ -185,9 +192,7 @@ def _gathered(config: Config, network: Any, placement: Placement, shards: int, b
     The root's own (embeddings, output) stay whole from forward to backward; of the layers, one computes while the next
     one is gathered (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
     """
-    if placement.world_size == 1:
-        return 0
-    if shards == 1:
+    if shards == 1:  # Ray Train makes a process group for one worker, too, and then the library has DDP
         return sum(each.numel() * 4 for each in network.parameters() if each.requires_grad)
     units = model.layer_names(network)
     sizes = dict.fromkeys(units, 0)

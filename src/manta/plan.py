@@ -289,9 +289,7 @@ def _remedies(mine: _Planned) -> list[dict[str, Any]]:
     changes += [(f"--num_workers {place.workers * more}{elsewhere}", {}, more) for more in (2, 4, 8)]
     found = []
     for told, update, more in changes:
-        there = Place(
-            place.name, place.device, place.room, place.workers * more, place.nodes, place.flops, place.bfloat16
-        )
+        there = replace(place, workers=place.workers * more)
         work = mine.work
         if "max_seq_length" in update:
             work = workload.shortened(work, update["max_seq_length"])

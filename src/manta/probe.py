@@ -80,10 +80,16 @@ def probe(config: Config, device: str, workers: int, shape: Shape, what: Recompu
 
 
 def _start(folder: Path, rank: int, workers: int, port: int, device: str, threads: int) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)},
+    environment = os.environ | {  # as Ray Train sets them (ray/train/torch/config.py)
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "ACCELERATE_TORCH_DEVICE": "cpu" if device == "cpu" else f"cuda:{rank}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
     }
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -138,8 +144,7 @@ def main(job_file: Path) -> None:
     config, shape, folder = Config.from_dict(job["config"]), Shape(*job["shape"]), Path(job["folder"])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     spares.preload()
-    if world > 1:
-        dist.init_process_group("nccl" if job["device"] == "cuda" else "gloo")
+    dist.init_process_group("nccl" if job["device"] == "cuda" else "gloo")
     device = torch.device(f"cuda:{rank}" if job["device"] == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -166,6 +171,7 @@ def main(job_file: Path) -> None:
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     (folder / f"found-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
 
 
 def _trainer(
