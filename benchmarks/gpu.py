@@ -120,12 +120,13 @@ def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def manta(job: dict[str, Any]) -> dict[str, Any]:
     """MantaTrainer with what `auto` chooses; the model alone is made here instead of being loaded."""
-    from manta import activations, architecture, attention, model
+    from manta import activations, architecture, attention, memory, model
     from manta.config import Config
     from manta.data.batches import Rows, SampleOrder
     from manta.data.packing import Packs
     from manta.runs import Run
     from manta.saver import Saver
+    from manta.simulation import Shape
     from manta.trainer import MantaTrainer, training_arguments
 
     folder = Path(job["folder"])
@@ -146,7 +147,7 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else torch.bfloat16, chosen)
     network = model.adapted(base, config, placement)
     layout = model.settle_layout(network, config, placement)
-    recomputed = activations.settle(config, network, placement, job["capacity"])
+    recomputed = memory.settle(config, placement, Shape(1, job["capacity"], layout))
     activations.recompute(network, recomputed[0])
     packs = documents(job["capacity"], job["steps"], job["shape"]["vocab_size"])
     flat = [document for pack in packs for document in pack]

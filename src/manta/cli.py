@@ -18,6 +18,7 @@ from manta import __version__, diagnosis
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import console
+from manta.cli_plan import plan_command
 from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
@@ -289,6 +290,7 @@ def runs_gc(where: str, dry_run: bool) -> None:
     garbage.collect(where, dry_run, console())
 
 
+main.add_command(plan_command(SectionedCommand, config_options(), config_from_flags))
 main.add_command(launch_group(config_options(), option, config_from_flags))
 
 

@@ -144,7 +144,7 @@ def sharding(model: Any) -> dict[str, int]:
 
     figures = {"total_bytes": 0, "local_bytes": 0, "sharded": 0, "replicated": 0}
     for name, parameter in model.named_parameters():
-        if _is_adapter(name):
+        if is_adapter(name):
             continue
         size = parameter.element_size()
         is_sharded = isinstance(parameter.data, DTensor)
@@ -169,7 +169,7 @@ def assert_sharded(model: Any, config: Config, placement: Placement) -> None:
     def is_sharded(tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
 
-    parameters = {name: each.data for name, each in model.named_parameters() if not _is_adapter(name)}
+    parameters = {name: each.data for name, each in model.named_parameters() if not is_adapter(name)}
     whole = [name for name, tensor in parameters.items() if not is_sharded(tensor)]
     if whole:
         raise UserError(f"{len(whole)} parameters are not sharded, such as {whole[0]}. {_UNSHARDED}")
@@ -233,7 +233,7 @@ def _cast_once(model: Any, placement: Placement) -> Any:
     return model
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
     return "lora_" in name
 
 

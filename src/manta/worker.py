@@ -16,7 +16,7 @@ import psutil
 import ray
 from ray import train
 
-from manta import activations, checkpoint, copies, diagnosis, model, progress, storage
+from manta import activations, checkpoint, copies, diagnosis, memory, model, progress, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -30,7 +30,7 @@ from manta.callbacks import (
 from manta.compiled import CompileCallback
 from manta.config import Config
 from manta.data import prepare
-from manta.data.batches import Layout, Rows, SampleOrder, most_tokens
+from manta.data.batches import Layout, Rows, SampleOrder
 from manta.data.prepare import Prepared
 from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
@@ -101,7 +101,10 @@ def _train(
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     layout = model.settle_layout(network, config, placement)
-    recomputed = _settle_recomputation(config, network, placement, prepared, layout, verdict["split"])
+    divided = _divided(config, verdict["split"])
+    lengths = np.array([config.max_seq_length]) if config.packing else prepared.lengths("training")[0]
+    largest = memory.largest(lengths, divided.per_device_train_batch_size, layout)
+    recomputed = memory.settle(divided, placement, largest)
     activations.recompute(network, recomputed[0])
     _tell(mailbox, rank, network, placement, layout, recomputed)
     committed = copy.committed if copy else start
@@ -136,14 +139,6 @@ def _train(
         "train_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
         "sharding": checkpoint.gather(model.sharding(network)),
     }
-
-
-def _settle_recomputation(
-    config: Config, network: Any, placement: model.Placement, prepared: Prepared, layout: Layout, split: int
-) -> tuple[activations.Recomputed, str]:
-    lengths = np.array([config.max_seq_length]) if config.packing else prepared.lengths("training")[0]
-    batch = config.per_device_train_batch_size // split
-    return activations.settle(config, network, placement, most_tokens(lengths, batch, layout))
 
 
 def _tell(

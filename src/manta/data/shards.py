@@ -7,9 +7,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,21 @@ def write_shard(job: Job, shard: int) -> dict[str, Any]:
     }
     manifest.write_json(job.staging / "done" / f"{name}.json", summary)
     return summary
+
+
+def sampled_lengths(job: Job, rows: int) -> list[int]:
+    """Tokens of the training samples that the first `rows` rows of each source give; rows that are bad are left out."""
+    config = Config.from_dict(job.settings)
+    lengths: list[int] = []
+    for source, found in zip(job.sources, job.formats, strict=True):
+        findings, texts = Findings(), []
+        render = _renderer(job, source, found, config, findings)
+        for number, row in enumerate(islice(source, rows), start=source.first_row):
+            with suppress(BadRow):
+                texts.append(render(number, row))
+        kept = _tokenize(job, config, [text for text in texts if text is not None], findings)
+        lengths += [len(sample.input_ids) for _, sample in kept]
+    return lengths
 
 
 def _write_split(job: Job, config: Config, split: str, name: str, entries: list[_Text], findings: Findings) -> None:

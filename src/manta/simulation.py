@@ -1,0 +1,152 @@
+"""A training step without storage: which bytes are alive, and when most are.
+
+The model is run forward and backward on torch's fake tensors, which have shapes, types and devices, and no values
+(https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html). Every tensor that an operator makes is counted
+until nothing refers to it any more, so that what autograd keeps, what is cast and what is computed again count as they
+happen. It takes as long as Python needs for the operators, whatever the size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manta import model
+from manta.data.batches import Layout
+from manta.model import Placement
+
+Kind = Literal["activations", "logits", "casts", "gradients"]
+KINDS: tuple[Kind, ...] = ("activations", "logits", "casts", "gradients")
+
+
+class Shape(NamedTuple):
+    """The largest micro-batch: `rows` of `length` tokens; joined, all of it is one row."""
+
+    rows: int
+    length: int
+    layout: Layout = "joined"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes on one worker when most are alive, beside parameters and optimizer state; gradients are of its shard."""
+
+    activations: int
+    logits: int
+    casts: int
+    gradients: int
+
+    @property
+    def bytes(self) -> int:
+        return self.activations + self.logits + self.casts + self.gradients
+
+
+def simulate(network: Any, placement: Placement, shape: Shape, accumulates: bool, shards: int = 1) -> Step | None:
+    """Forward and backward of `network`, which is on torch's meta device, as the trainer runs them.
+
+    `accumulates`: gradients of earlier micro-batches are there when it begins. `shards`: over how many workers FSDP
+    divides what is trained of the base. As if every token were trained. None for a model that cannot run without
+    storage, such as a mixture of experts, whose routing reads values.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    edges = torch.tensor([0, shape.tokens], dtype=torch.int32)  # has values: attention reads them
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network.to_empty(device="cpu")  # the devices differ in attention, which saves as much on both
+            network.tie_weights()
+            alive = _Alive(network, shape)
+            for name, parameter in network.named_parameters():
+                if parameter.requires_grad:
+                    divided = 1 if model.is_adapter(name) else shards
+                    alive.follow_gradient(parameter, divided, accumulates)
+            with alive:
+                _step(network, placement, shape, edges)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    return Step(**{kind: int(alive.at_peak[kind]) for kind in KINDS})
+
+
+def _step(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor) -> None:
+    rows, length = (1, shape.tokens) if shape.layout == "joined" else (shape.rows, shape.length)
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "shift_labels": ids, "use_cache": False}
+    inputs["num_items_in_batch"] = torch.ones((), dtype=torch.long)
+    if shape.layout == "joined":
+        inputs["position_ids"] = ids
+        inputs |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+        inputs |= {"max_length_q": length, "max_length_k": length}
+    elif rows > 1 or shape.layout == "packed":  # whole, or the library looks at values
+        inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
+    with model.autocast(replace(placement, device=ids.device)):
+        found = network(**inputs)
+    logits = found.logits.float()  # accelerate gives every output in float32
+    loss = found.loss
+    del found, logits
+    loss.backward()
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of living storages by kind, now and when they were most."""
+
+    def __init__(self, network: Any, shape: Shape):
+        super().__init__()
+        self.now: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+        self.at_peak = self.now.copy()
+        self.most = 0.0
+        self._living: dict[int, Any] = {}
+        self._own = {each.untyped_storage()._cdata for each in (*network.parameters(), *network.buffers())}
+        self._logits = shape.tokens * network.get_output_embeddings().weight.shape[0]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor, function, args)
+        return result
+
+    def _count(self, tensor: torch.Tensor, function: Any, args: Any) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._living or address in self._own:
+            return
+        kind: Kind = "activations"
+        if tensor.numel() == self._logits:
+            kind = "logits"
+        elif function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._own:
+            kind = "casts"
+        size = storage.nbytes()
+
+        def end(_: Any) -> None:
+            del self._living[address]
+            self.now[kind] -= size
+
+        self._living[address] = weakref.ref(storage, end)
+        self._add(kind, size)
+
+    def follow_gradient(self, parameter: torch.Tensor, shards: int, accumulates: bool) -> None:
+        """Its gradient, float32, stays as this worker's shard: from the beginning, or as soon as it is whole."""
+        size = parameter.numel() * 4 / shards
+        if accumulates:
+            self._add("gradients", size)
+
+        def done(parameter: torch.Tensor) -> None:
+            parameter.grad = None
+            if not accumulates:
+                self._add("gradients", size)
+
+        parameter.register_post_accumulate_grad_hook(done)
+
+    def _add(self, kind: Kind, size: float) -> None:
+        self.now[kind] += size
+        if (total := sum(self.now.values())) > self.most:
+            self.most, self.at_peak = total, self.now.copy()

@@ -1,0 +1,170 @@
+"""Memory part by part: what is alive in a step without storage is what is alive in a real one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from manta import activations, architecture, attention, memory, model
+from manta.config import Config
+from manta.memory import Memory
+from manta.model import Placement
+from manta.simulation import Shape
+from tiny import tiny_model
+
+LENGTH = 96
+HERE = Placement(torch.device("cpu"))
+NOTHING = Memory(*[0] * 9)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("memory")
+    if request.param == "qwen3":
+        return tiny_model(folder, num_hidden_layers=4)
+    shape = GPT2Config(vocab_size=96, n_positions=128, n_embd=64, n_layer=4, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(folder: str, **settings: Any) -> Config:
+    return Config(**{"hf_model_id": folder, "device": "cpu", "gradient_accumulation_steps": 1, **settings})
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of what operators made and something still refers to, and the most of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in self.known:
+                storage = each.untyped_storage()
+                self.known[storage._cdata] = weakref.ref(storage, self.ended(storage._cdata, storage.nbytes()))
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return result
+
+    def ended(self, address: int, size: int) -> Callable[[Any], None]:
+        def end(_: Any) -> None:
+            self.now -= size
+            del self.known[address]
+
+        return end
+
+
+def really(config: Config, what: Any, dtype: torch.dtype) -> int:
+    """The most bytes alive in a real step of the model, beside its parameters."""
+    attention.register()
+    placement = Placement(torch.device("cpu"), dtype=dtype)
+    network = model.build(config.model_copy(update={"attn_implementation": attention.DOCUMENTS}), placement).train()
+    activations.recompute(network, what)
+    own = {each.untyped_storage()._cdata: None for each in (*network.parameters(), *network.buffers())}
+    ids = torch.arange(LENGTH)[None] % 90
+    alive = Alive()
+    alive.known.update(own)
+    with alive:
+        with model.autocast(placement):
+            found = network(input_ids=ids, labels=ids, shift_labels=ids, position_ids=torch.arange(LENGTH)[None])
+        loss = found.loss
+        del found
+        loss.backward()
+    return alive.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", activations.ALL)
+@pytest.mark.parametrize("full_ft", [True, False], ids=["full", "lora"])
+def test_a_step_without_storage_has_as_much_alive_as_a_real_one(folder, full_ft, what, dtype):
+    config = config_of(folder, full_ft=full_ft, lora_target_modules="all-linear", lora_rank=8)
+    found = memory.estimate(config, Placement(torch.device("cpu"), dtype=dtype), Shape(1, LENGTH), what)
+    assert found is not None
+    alive = found.activations + found.logits + found.casts + found.gradients
+    assert alive == pytest.approx(really(config, what, dtype), rel=0.1)
+
+
+def test_the_less_is_kept_the_less_is_needed(folder):
+    config = config_of(folder, full_ft=True)
+    needed = [memory.estimate(config, HERE, Shape(1, LENGTH), what).activations for what in activations.ALL]
+    assert needed[0] > needed[1] > needed[2] > 0
+    assert memory.estimate(config, HERE, Shape(1, 2 * LENGTH), "none").activations > 1.7 * needed[0]
+
+
+def test_what_stands_still_follows_from_shapes(folder):
+    size = sum(each.numel() for each in architecture.skeleton(config_of(folder)).parameters())
+    full = memory.estimate(config_of(folder, full_ft=True), HERE, Shape(1, LENGTH), "none")
+    assert full.weights == pytest.approx(4 * size, rel=0.01) and full.optimizer == 8 * size
+    assert full.adapters == 0 and full.copies == 12 * size
+    one = config_of(folder, full_ft=True, gradient_accumulation_steps=4)
+    four = Placement(torch.device("cpu"), 4)
+    divided = memory.estimate(one, four, Shape(1, LENGTH), "none")
+    assert divided.weights == pytest.approx(size, rel=0.01) and divided.optimizer == 2 * size
+    assert divided.gradients == pytest.approx(size, rel=0.01)  # float32, of this worker's shard
+    lora = config_of(folder, lora_target_modules="all-linear", lora_rank=8)
+    half = memory.estimate(lora, Placement(torch.device("cpu"), dtype=torch.bfloat16), Shape(1, LENGTH), "none")
+    assert half.weights == pytest.approx(2 * size, rel=0.01)
+    assert half.optimizer == 2 * half.adapters > 0  # two moments, both as large as what is trained
+
+
+def test_the_optimizers_state_is_tried():
+    assert memory.optimizer_bytes(Config()) == 8
+    assert memory.optimizer_bytes(Config(optim="sgd")) == 0
+    assert 0 < memory.optimizer_bytes(Config(optim="adafactor")) < 1
+    assert memory.optimizer_bytes(Config(optim="no_such_optimizer")) == 8
+
+
+def test_as_little_as_memory_allows_is_computed_again(folder, monkeypatch):
+    config = config_of(folder, full_ft=True)
+    for free, wanted in ((1 << 40, "none"), (0, "full")):
+        monkeypatch.setattr(memory, "free_bytes", lambda placement, free=free: free)
+        assert memory.settle(config, HERE, Shape(1, LENGTH))[0] == wanted
+    asked = config.model_copy(update={"gradient_checkpointing": "selective"})
+    assert memory.settle(asked, HERE, Shape(1, LENGTH)) == ("selective", "as asked")
+
+
+@pytest.mark.parametrize(("free", "wanted", "estimates"), [(200, "none", 1), (100, "selective", 2), (1, "full", 3)])
+def test_no_more_is_estimated_than_is_needed_to_choose(free, wanted, estimates):
+    sizes, asked = {"none": 100, "selective": 60, "full": 20}, []
+
+    def needs(what: Any) -> Memory:
+        asked.append(what)
+        return Memory(**{**NOTHING.__dict__, "activations": sizes[what]})
+
+    assert memory.choose(needs, free)[0] == wanted and len(asked) == estimates
+
+
+def test_a_model_that_reads_values_is_not_estimated(tmp_path):
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = config_of(str(tmp_path), full_ft=True)
+    found = memory.estimate(config, HERE, Shape(1, 32), "none")
+    wanted = "none" if found else "full"
+    assert memory.choose(lambda what: memory.estimate(config, HERE, Shape(1, 32), what), 1 << 40)[0] == wanted
+
+
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path, monkeypatch):
+    here = Placement(torch.device("cpu"), world_size=4, nodes=2)
+    whole = memory.free_bytes(Placement(torch.device("cpu")))
+    assert whole > 1 << 20
+    (tmp_path / "memory.max").write_text("4096\n")
+    (tmp_path / "memory.current").write_text("1024\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes(here) == 3072 // 2
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(here) > 4096
