@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from manta import notebook
 from manta.attempts import Attempts, Cause
 from manta.config import GENERATED
 from manta.jsonl import JsonLines
@@ -217,7 +218,7 @@ class Monitor:
 
 
 class Display:
-    """A live bar with figures below it on a terminal; a plain line every few seconds in a file or a pipe."""
+    """A live bar with figures on a terminal and in a notebook; a plain line every few seconds in a file or a pipe."""
 
     def __init__(self, title: str, total_steps: int, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False)
@@ -235,6 +236,7 @@ class Display:
         )
         self.task = self.bar.add_task(title, total=total_steps)
         self.live = Live(get_renderable=self._render, console=self.console) if self.console.is_terminal else None
+        self.area = notebook.Area() if notebook.inside() and not self.console.quiet else None
         self.title = title
 
     def __enter__(self) -> Self:
@@ -278,7 +280,9 @@ class Display:
         line = self._line()
         self.bar.update(self.task, completed=step)
         now = time.monotonic()
-        if not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
+        if self.area and line:
+            self.area.show(step, self.total, f"{self.title}: {line}")
+        elif not self.live and line and (force or now - self.last_plain >= _PLAIN_EVERY_S):
             self.last_plain = now
             say(self.console, f"{self.title}: step {step}/{self.total}  {line}")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,12 +10,12 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, nodes, runs, snapshot, spares, storage
+from manta import __version__, cluster, manifest, nodes, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
-from manta.errors import ConfigError, TrainingError
+from manta.errors import ConfigError, InterruptedRunError, TrainingError
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
 from manta.patience import Patience
@@ -162,11 +160,12 @@ def _fit(
     steps = max_steps(config, prepared.counts["training"]["sequences"])
     mailbox, name = open_mailbox(_attempts(config, run), config.metric_for_best, _patience(config, run))
     outcome: dict[str, Any] = {}
+    interrupted = False
     fit_started = time.time()
     with (
         Display(title, steps, console) as display,
         Monitor(mailbox, run.events_file, run.metrics_file, display) as monitor,
-        _stopping_on_sigterm(monitor.stop_wanted),
+        signals.stopping_on_sigterm(monitor.stop_wanted),
     ):
         try:
             with phases("fit"):
@@ -176,39 +175,20 @@ def _fit(
             from manta.controller import root_cause
 
             outcome = {"failure": root_cause(error)}
-        except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
-            outcome = {"failure": "interrupted"}
+        except (KeyboardInterrupt, SystemExit, RayActorError) as error:  # on Ctrl-C Ray's controller ends in these ways
+            interrupted = signals.was_interrupted(error)
+            outcome = {"failure": "interrupted" if interrupted else f"Ray's controller was lost: {error}"}
     first = monitor.first_step_time or time.time()
     phases.seconds["until_first_step"] = round(first - fit_started, 3)
     summary = _summarize(config, run, steps, outcome, monitor, phases)
     manifest.write_json(run.result_file, summary)
     if summary["status"] == FAILED:
-        raise TrainingError(
+        kind = InterruptedRunError if interrupted else TrainingError
+        raise kind(
             f"{run.name} failed: {outcome['failure']}\nWorker logs: {run.logs}. The same command goes on from "
             f"{summary['latest_checkpoint'] or 'the start'}."
         )
     return summary
-
-
-@contextmanager
-def _stopping_on_sigterm(wanted: threading.Event) -> Iterator[None]:
-    """The first SIGTERM asks the workers to save and leave; a second one ends the driver as before.
-
-    Set after Ray's start, which installs a handler of its own. Only the main thread can.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        wanted.set()
-        signal.signal(signal.SIGTERM, before)
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _attempts(config: Config, run: Run) -> Attempts:
