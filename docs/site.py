@@ -1,12 +1,12 @@
 """MkDocs' hook: what the site has besides `docs/*.md`.
 
-README is the first page; recipes, benchmark results, ARCHITECTURE and others are pages, too, so that links between files
-of the repository hold on the site as they do in the repository. Settings and commands are written from the code.
+README is the first page; recipes, benchmark results, ARCHITECTURE and others are pages, too, so that links between
+files hold on the site as they do in the repository. Settings and commands are written from the code.
 """
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 import types
 import typing
@@ -109,16 +109,16 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def relinked(markdown: str, page: str) -> str:
     """Links to files of the repository as links to their pages; one that leads nowhere stays, and the build fails."""
-    here = os.path.dirname(ORIGIN.get(page, f"docs/{page}"))
+    here = posixpath.dirname(ORIGIN.get(page, f"docs/{page}"))
 
     def link(found: re.Match[str]) -> str:
         if "://" in found[1] or found[1].startswith("mailto:"):
             return found[0]
-        target = os.path.normpath(os.path.join(here, found[1]))
+        target = posixpath.normpath(posixpath.join(here, found[1]))
         to = {**PAGES, **FILES}.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if to is None:
             return found[0]
-        return f"]({os.path.relpath(to, os.path.dirname(page) or '.')}{found[2] or ''})"
+        return f"]({posixpath.relpath(to, posixpath.dirname(page) or '.')}{found[2] or ''})"
 
     return LINK.sub(link, markdown)
 
@@ -128,14 +128,16 @@ def results_page() -> str:
         f"- [{path.stem[:10]}: {path.stem[11:].replace('-', ' ')}]({path.name})"
         for path in sorted((ROOT / RESULTS).glob("*.md"), reverse=True)
     )
-    return f"# Benchmarks\n\nEach was measured by a script under `benchmarks/`, on the machine that it names.\n\n{rows}\n"
+    return (
+        f"# Benchmarks\n\nEach was measured by a script under `benchmarks/`, on the machine that it names.\n\n{rows}\n"
+    )
 
 
 def settings_page() -> str:
     """Every field: name, type, default, help."""
     page = (
-        "# Settings\n\nEach is a key of a recipe and a flag of `manta train` of the same name; those of the data are under\n"
-        "`hf_dataset_config` in a recipe, and are flags that begin with `hfdc_`. A flag wins over the recipe.\n"
+        "# Settings\n\nEach is a key of a recipe and a flag of `manta train` of the same name; those of the data are "
+        "under\n`hf_dataset_config` in a recipe, and are flags that begin with `hfdc_`. A flag wins over the recipe.\n"
     )
     for name, field in Config.model_fields.items():
         if name in SECTIONS:
@@ -146,7 +148,9 @@ def settings_page() -> str:
     lint = "".join(_row(name, field) for name, field in LintConfig.model_fields.items())
     page = page.replace(f"\n## {SECTIONS['device']}\n", f"\n## Dataset\n\n{_HEAD}{dataset}\n## {SECTIONS['device']}\n")
     page += f"\n## Findings\n\nKeys of `lint`; [what each means](../data.md#findings).\n\n{_HEAD}{lint}"
-    page += "\n# Where a run goes\n\nUnder `launch` in a recipe; flags of `manta launch`. A target's own are under its name.\n"
+    page += (
+        "\n# Where a run goes\n\nUnder `launch` in a recipe, a target's own under its name; flags of `manta launch`.\n"
+    )
     shared = "".join(_row(name, LaunchConfig.model_fields[name]) for name in SHARED)
     page += f"\n## For each target\n\n{_HEAD}{shared}"
     for section, model in TARGETS.items():
@@ -182,7 +186,12 @@ def _kind(field: Any) -> str:
         return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [f"{sign} {getattr(each, name):g}" for each in field.metadata for name, sign in signs.items() if hasattr(each, name)]
+    bounds = [
+        f"{sign} {getattr(each, name):g}"
+        for each in field.metadata
+        for name, sign in signs.items()
+        if hasattr(each, name)
+    ]
     return " ".join([kind(field.annotation), *bounds]).replace("<", "&lt;")
 
 
@@ -195,13 +204,18 @@ def commands_page() -> str:
         if isinstance(command, click.Group):
             return "".join(describe(f"{name} {each}", found) for each, found in command.commands.items())
         context = click.Context(command)
-        usage = " ".join(parameter.make_metavar(context) for parameter in command.params if isinstance(parameter, click.Argument))
+        usage = " ".join(
+            parameter.make_metavar(context) for parameter in command.params if isinstance(parameter, click.Argument)
+        )
         text = f"\n## {name}\n\n{(command.help or '').strip()}\n\n```text\n{name} {usage} [OPTIONS]\n```\n\n"
         target = name.removeprefix("manta launch ")
         own = settings | set(sections(target)) | set(SHARED) if target in ABOUT else settings
         options = [each for each in command.params if isinstance(each, click.Option) and each.name not in own]
         records = [found for each in options if (found := each.get_help_record(context))]
-        rows = "".join(f"| `{flag.replace('|', chr(92) + '|')}` | {about.replace('|', chr(92) + '|')} |\n" for flag, about in records)
+        rows = "".join(
+            f"| `{flag.replace('|', chr(92) + '|')}` | {about.replace('|', chr(92) + '|')} |\n"
+            for flag, about in records
+        )
         if len(options) < len(command.params) - len(usage.split()):
             rows += "| … | and [settings](settings.md) |\n"
         return text + (f"| option | |\n|---|---|\n{rows}" if rows else "")
