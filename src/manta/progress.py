@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from manta import manifest, storage
+from manta import manifest, notebook, storage
 from manta.attempts import Attempts, Cause
 from manta.config import GENERATED
 from manta.jsonl import JsonLines
@@ -243,7 +243,7 @@ class Monitor:
 
 
 class Display:
-    """A live bar with figures below it on a terminal; a plain line every few seconds in a file or a pipe."""
+    """A live bar with figures on a terminal and in a notebook; a plain line every few seconds in a file or a pipe."""
 
     def __init__(self, title: str, status: Status, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False)
@@ -258,6 +258,7 @@ class Display:
         )
         self.task = self.bar.add_task(title, total=status.max_steps, elapsed="", eta="")
         self.live = Live(get_renderable=self._render, console=self.console) if self.console.is_terminal else None
+        self.area = notebook.Area() if notebook.inside() and not self.console.quiet else None
 
     def __enter__(self) -> Self:
         if self.live:
@@ -279,11 +280,13 @@ class Display:
 
     def show(self, now: bool = False) -> None:
         """A plain line where there is no terminal, if it is time for one; the longer it goes on, the fewer."""
-        clock = time.monotonic()
-        if self.live or not (line := self._line()) or not (now or clock >= self.next_plain):
+        clock, line, status = time.monotonic(), self._line(), self.status
+        if self.area and line:
+            self.area.show(status.step, status.max_steps, f"{self.title}: {line}")
+            return
+        if self.live or not line or not (now or clock >= self.next_plain):
             return
         self.next_plain = clock + min(max(_PLAIN_EVERY_S, (clock - self.began) / 20), _PLAIN_AT_LEAST_S)
-        status = self.status
         eta = f"  ETA {_clock(status.eta_s)}" if status.eta_s else ""
         say(self.console, f"{self.title}: step {status.step}/{status.max_steps or '?'}  {line}{eta}")
 

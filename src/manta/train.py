@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,12 +10,12 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, extras, imports, manifest, nodes, runs, snapshot, spares, storage
+from manta import cluster, extras, imports, manifest, nodes, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
-from manta.errors import ConfigError, TrainingError
+from manta.errors import ConfigError, InterruptedRunError, TrainingError
 from manta.gauges import served
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
@@ -175,12 +173,13 @@ def _fit(
     steps = max_steps(config, prepared.counts["training"]["sequences"])
     mailbox, name = open_mailbox(_attempts(config, run), config.metric_for_best, _patience(config, run))
     outcome: dict[str, Any] = {}
+    interrupted = False
     fit_started = time.time()
     status.begin(steps, run.latest())
     with (
         Display(title, status, console) as display,
         Monitor(mailbox, run, status, display, notifier.take) as monitor,
-        _stopping_on_sigterm(monitor.stop_wanted),
+        signals.stopping_on_sigterm(monitor.stop_wanted),
     ):
         try:
             with phases("fit"):
@@ -190,37 +189,18 @@ def _fit(
             from manta.controller import root_cause
 
             outcome = {"failure": root_cause(error)}
-        except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
-            outcome = {"failure": "interrupted"}
+        except (KeyboardInterrupt, SystemExit, RayActorError) as error:  # on Ctrl-C Ray's controller ends in these ways
+            interrupted = signals.was_interrupted(error)
+            outcome = {"failure": "interrupted" if interrupted else f"Ray's controller was lost: {error}"}
     phases.until_first_step(fit_started, monitor.begun, monitor.first_step_time or time.time())
     summary = summarize(config, run, steps, outcome, monitor, phases.start, phases.seconds)
     manifest.write_json(run.result_file, summary)
     status.state = summary["status"]
     monitor.write_progress()
     if summary["status"] == FAILED:
-        raise TrainingError(why_failed(run, summary))
+        kind = InterruptedRunError if interrupted else TrainingError
+        raise kind(why_failed(run, summary))
     return summary
-
-
-@contextmanager
-def _stopping_on_sigterm(wanted: threading.Event) -> Iterator[None]:
-    """The first SIGTERM asks the workers to save and leave; a second one ends the driver as before.
-
-    Set after Ray's start, which installs a handler of its own. Only the main thread can.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        wanted.set()
-        signal.signal(signal.SIGTERM, before)
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _attempts(config: Config, run: Run) -> Attempts:

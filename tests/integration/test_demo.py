@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from documents import commands
 from manta.config import Config
 from manta.convert import convert, load_tuned, usable_checkpoint
 from manta.train import train
@@ -60,29 +62,60 @@ def test_the_demo_again_is_at_once_and_the_same(demo):
     assert done.stderr.count("finished already") == 2
 
 
-def commands() -> list[str]:
-    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def blocks(path: Path, languages: str) -> list[tuple[str, str]]:
+    """(language, text) of a document's code blocks."""
+    return re.findall(rf"^```({languages})\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M)
 
 
-def test_every_command_of_the_readme_runs(demo):
-    """In their order, in one folder, after the demo. `make` is dry here: its targets are the demo and this suite."""
-    blocks = commands()
-    assert len(blocks) >= 6
-    folder = demo.folder
-    for name in ("recipes", "ray_train_sft.py", "convert_checkpoint_to_hf.py", "test_checkpoint.py", "Makefile"):
-        (folder / name).symlink_to(ROOT / name)
+def run(demo, language: str, text: str) -> str:
+    """A block as a reader runs it, in the demo's folder; what it printed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
+    program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+    done = subprocess.run([*program, text], cwd=demo.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{text}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def readme(demo) -> list[str]:
+    """What README's commands print, run in their order, in one folder, after the demo.
+
+    `make` is dry here: its targets are the demo and this suite.
+    """
+    for name in ("recipes", "ray_train_sft.py", "convert_checkpoint_to_hf.py", "test_checkpoint.py", "Makefile"):
+        (demo.folder / name).symlink_to(ROOT / name)
     outputs = []
-    for block in blocks:
-        block = block.replace("source .venv/bin/activate\n", "")
-        block = re.sub(r"^make (\w+)", rf"make -C {ROOT} -n \1", block, flags=re.M)
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        outputs.append(done.stdout)
-    assert any("42" in output for output in outputs), "the converted model answers README's own question"
+    for language, text in blocks(ROOT / "README.md", "bash|python"):
+        text = text.replace("source .venv/bin/activate\n", "")
+        outputs.append(run(demo, language, re.sub(r"^make (\w+)", rf"make -C {ROOT} -n \1", text, flags=re.M)))
+    return outputs
+
+
+def test_every_command_of_the_readme_runs(readme):
+    assert len(readme) >= 7
+    assert any("42" in output for output in readme), "the converted model answers README's own question"
+
+
+def test_commands_of_the_other_documents_run_on_what_the_readme_left(demo, readme):
+    """Those about its run, and what would be launched; servers and what needs a cluster are left to other tests."""
+    shown = {" ".join(command.words): command for command in commands() if command.words[0] == "manta"}
+    in_readme = {" ".join(command.words) for command in commands([ROOT / "README.md"])}
+    about_it = [
+        command.words
+        for line, command in shown.items()
+        if line not in in_readme
+        and ("--dry_run" in command.words or ("results/numbers" in line and command.words[1] not in ("serve", "chat")))
+    ]
+    assert len(about_it) >= 5
+    for words in about_it:
+        short = ["--max_tokens", "8"] if words[1] == "evaluate" and "--max_tokens" not in words else []
+        run(demo, "bash", shlex.join([*words, *short]))
+
+
+def test_the_python_of_the_documents_runs(demo, readme):
+    (found,) = blocks(ROOT / "docs" / "python.md", "python")
+    assert "finished" in run(demo, *found)
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"GSM8K is not at {GSM8K}")
