@@ -16,7 +16,8 @@ from pathlib import Path
 
 # What a worker's or an engine's last words mean, whatever process they come from; the first that matches.
 _KNOWN_TEXT = {
-    r"Watchdog caught collective|collective operation timeout|Timed out waiting \d+ms for|wait timeout after": (
+    r"Watchdog caught collective|collective operation timeout|Timed out waiting \d+ms|wait timeout after|Application "
+    r"timeout caused": (
         "An operation of all workers did not end within --torch_timeout_s: one of them stood still, or the network "
         "between nodes fails. Look at the last lines of each worker's log; NCCL_DEBUG=INFO (set where you type the "
         "command) says more, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME chooses the network."
@@ -34,7 +35,7 @@ _KNOWN_TEXT = {
         "A token's id is beyond the model's embedding: the tokenizer was given tokens that the model was not. Take "
         "the tokenizer that came with the model, or a model that was saved after resize_token_embeddings."
     ),
-    r"insufficient shared memory|Bus error|unable to (open|allocate|resize) shared memory|/dev/shm": (
+    r"insufficient shared memory|Bus error|unable to (open|allocate|resize) shared memory": (
         "Shared memory is full: start the container with --shm-size 8g (docker) or an emptyDir of medium Memory at "
         "/dev/shm (Kubernetes), or set --dataloader_num_workers 0."
     ),
