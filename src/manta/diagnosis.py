@@ -81,7 +81,9 @@ def explain(error: BaseException) -> str | None:
 
 def unloadable(name: str, error: BaseException, kind: str = "model", flag: str = "--hf_model_id") -> str:
     """Why `name`, a folder here or a model or dataset of the hub, could not be had, and what to do about it."""
-    if _is_path(name) and not Path(name).expanduser().exists():
+    if Path(name).expanduser().is_dir():
+        return f"{first_line(error)}. Check {flag}"
+    if _is_path(name):
         return (
             f"there is no such folder.{near(Path(name))} Check {flag}; what was moved and a run still looks for there "
             f"is found by a link: ln -s NEW_PLACE {name}"
