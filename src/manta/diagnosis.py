@@ -137,15 +137,14 @@ def first_line(error: BaseException) -> str:
 
 def _no_room(error: OSError) -> str:
     where = error.filename2 or error.filename
-    disk = next((path for path in (Path(where), *Path(where).parents) if path.exists()), None) if where else None
-    room = ""
-    if disk is not None:
+    full = "A disk is full (`df -h` shows which)"  # a write that fails does not say of what file
+    if where and (disk := next((path for path in (Path(where), *Path(where).parents) if path.exists()), None)):
         usage = shutil.disk_usage(disk)
-        room = f" ({usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB are free)"
+        full = f"The disk of {where} is full ({usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB are free)"
     return (
-        f"The disk of {where or 'a folder'} is full{room}: {os.strerror(error.errno or 0)}. Make room there (`manta "
-        "runs gc` finds what no run needs), or go elsewhere: --data_dir, --results_dir, --output_dir; MANTA_CACHE, "
-        "HF_HOME and TMPDIR for copies. The same command goes on."
+        f"{full}: {os.strerror(error.errno or 0)}. Make room there (`manta runs gc` finds what no run needs), or go "
+        "elsewhere: --data_dir, --results_dir, --output_dir; MANTA_CACHE, HF_HOME and TMPDIR for copies. The same "
+        "command goes on."
     )
 
 
