@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -222,20 +223,24 @@ def hub() -> Iterator[dict[str, str]]:
     server.server_close()
 
 
-def test_what_the_hub_refuses(folder, hub):
-    check("The model is gated", *typed(folder, "train", hub, hf_model_id="acme/gated"))
-    printed = typed(folder, "train", hub | {"HF_TOKEN": STRANGER}, hf_model_id="acme/gated")
-    check("The model is gated, and your token has no access", *printed)
-    assert STRANGER not in printed[0]
-    printed = typed(folder, "train", hub | {"HF_TOKEN": EXPIRED}, hf_model_id="acme/gated")
-    check("The hub does not know your token", *printed)
-    assert EXPIRED not in printed[0]
-    check("The hub has no such model", *typed(folder, "train", hub, hf_model_id="acme/none"))
-
-
-def test_a_hub_that_is_out_of_reach(folder):
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    check("The hub cannot be reached", *typed(folder, "train", nobody, hf_model_id="acme/model"))
+def test_what_the_hub_refuses_and_that_it_is_out_of_reach(folder, hub):
+    """All at once: the client asks a hub that is away again and again for half a minute."""
+    asked = {
+        "The hub cannot be reached": ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "acme/model"),
+        "The model is gated": (hub, "acme/gated"),
+        "The model is gated, and your token has no access": (hub | {"HF_TOKEN": STRANGER}, "acme/gated"),
+        "The hub does not know your token": (hub | {"HF_TOKEN": EXPIRED}, "acme/gated"),
+        "The hub has no such model": (hub, "acme/none"),
+    }
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = {
+            title: pool.submit(typed, folder, "train", environment, hf_model_id=name)
+            for title, (environment, name) in asked.items()
+        }
+    for title, answer in answers.items():
+        printed, code = answer.result()
+        check(title, printed, code)
+        assert STRANGER not in printed and EXPIRED not in printed
 
 
 def test_a_push_without_a_token(folder):
