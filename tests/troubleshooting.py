@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
-_ENTRY = re.compile(r"^### (.+?)\n\n```text\n(?:\$ .+\n)?(.+?)\n```\n\nExit code (\d+)\. (.+?)(?=^##|\Z)", re.S | re.M)
+_ENTRY = re.compile(
+    r"^### ([^\n]+)\n\n```text\n(?:\$ [^\n]+\n)?(.+?)\n```\n\nExit code (\d+)\. (.+?)(?=^##|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)

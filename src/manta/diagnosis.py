@@ -16,7 +16,8 @@ from pathlib import Path
 
 # What a worker's or an engine's last words mean, whatever process they come from; the first that matches.
 _KNOWN_TEXT = {
-    r"Watchdog caught collective|collective operation timeout|Timed out waiting \d+ms for|wait timeout after": (
+    r"Watchdog caught collective|collective operation timeout|Timed out waiting \d+ms|wait timeout after|Application "
+    r"timeout caused": (
         "An operation of all workers did not end within --torch_timeout_s: one of them stood still, or the network "
         "between nodes fails. Look at the last lines of each worker's log; NCCL_DEBUG=INFO (set where you type the "
         "command) says more, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME chooses the network."
@@ -34,7 +35,7 @@ _KNOWN_TEXT = {
         "A token's id is beyond the model's embedding: the tokenizer was given tokens that the model was not. Take "
         "the tokenizer that came with the model, or a model that was saved after resize_token_embeddings."
     ),
-    r"insufficient shared memory|Bus error|unable to (open|allocate|resize) shared memory|/dev/shm": (
+    r"insufficient shared memory|Bus error|unable to (open|allocate|resize) shared memory": (
         "Shared memory is full: start the container with --shm-size 8g (docker) or an emptyDir of medium Memory at "
         "/dev/shm (Kubernetes), or set --dataloader_num_workers 0."
     ),
@@ -80,7 +81,9 @@ def explain(error: BaseException) -> str | None:
 
 def unloadable(name: str, error: BaseException, kind: str = "model", flag: str = "--hf_model_id") -> str:
     """Why `name`, a folder here or a model or dataset of the hub, could not be had, and what to do about it."""
-    if _is_path(name) and not Path(name).expanduser().exists():
+    if Path(name).expanduser().is_dir():
+        return f"{first_line(error)}. Check {flag}"
+    if _is_path(name):
         return (
             f"there is no such folder.{near(Path(name))} Check {flag}; what was moved and a run still looks for there "
             f"is found by a link: ln -s NEW_PLACE {name}"
@@ -134,15 +137,14 @@ def first_line(error: BaseException) -> str:
 
 def _no_room(error: OSError) -> str:
     where = error.filename2 or error.filename
-    disk = next((path for path in (Path(where), *Path(where).parents) if path.exists()), None) if where else None
-    room = ""
-    if disk is not None:
+    full = "A disk is full (`df -h` shows which)"  # a write that fails does not say of what file
+    if where and (disk := next((path for path in (Path(where), *Path(where).parents) if path.exists()), None)):
         usage = shutil.disk_usage(disk)
-        room = f" ({usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB are free)"
+        full = f"The disk of {where} is full ({usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB are free)"
     return (
-        f"The disk of {where or 'a folder'} is full{room}: {os.strerror(error.errno or 0)}. Make room there (`manta "
-        "runs gc` finds what no run needs), or go elsewhere: --data_dir, --results_dir, --output_dir; MANTA_CACHE, "
-        "HF_HOME and TMPDIR for copies. The same command goes on."
+        f"{full}: {os.strerror(error.errno or 0)}. Make room there (`manta runs gc` finds what no run needs), or go "
+        "elsewhere: --data_dir, --results_dir, --output_dir; MANTA_CACHE, HF_HOME and TMPDIR for copies. The same "
+        "command goes on."
     )
 
 

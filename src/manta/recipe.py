@@ -24,7 +24,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"There is no recipe {path}. Give --config an existing YAML file.") from error
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path}, {_where(error)} Write `setting: value`, indented with spaces.") from error
+        raise ConfigError(
+            f"{path} cannot be read as YAML: {_where(error)}. Write `setting: value`, indented with spaces."
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}. Give --config another file.") from error
     if not isinstance(values, dict):
@@ -53,6 +55,6 @@ def _where(error: yaml.MarkedYAMLError) -> str:
     began_it = "simple key" in (error.context or "")
     mark = (error.context_mark if began_it else None) or error.problem_mark
     if mark is None:
-        return f"is no YAML: {error.problem}."
+        return str(error.problem)
     text = (mark.get_snippet(indent=0, max_length=60) or "").partition("\n")[0]
-    return f"line {mark.line + 1}, is no YAML ({error.problem}): {text.strip()!r}."
+    return f"line {mark.line + 1}, {text.strip()!r}: {error.problem}"
