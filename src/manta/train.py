@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, manifest, nodes, runs, snapshot, spares, storage
+from manta import cluster, manifest, nodes, quiet, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -192,6 +192,7 @@ def _fit(
     status.begin(steps, run.latest())
     with (
         Display(title, status, console) as display,
+        quiet.captured(run.logs, console),
         Monitor(mailbox, run, status, display, notifier.take) as monitor,
         _stopping_on_sigterm(monitor.stop_wanted),
     ):
