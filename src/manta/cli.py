@@ -5,19 +5,17 @@ Only what help needs is imported at the top; each verb imports its stage when it
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 from pydantic.fields import FieldInfo
 
-from manta import __version__, diagnosis
+from manta import __version__, diagnosis, quiet
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
-from manta.cli_options import console
+from manta.cli_options import VERBOSE, console
 from manta.cli_plan import plan_command
 from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
@@ -35,14 +33,6 @@ SECTIONS = {
     "hfdc_dataset_name": "Dataset",
     "device": "Ray and FSDP",
     "results_dir": "Output",
-}
-
-# What libraries say by themselves; one display of ours stands for all. Set a variable yourself to hear them again.
-QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 
 
@@ -144,10 +134,7 @@ def main() -> None:
 
     The stages run in this order; each leaves a folder that the next one reads.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    quiet.hush()
 
 
 def _train(resume: str | None, **flags: Any) -> None:
@@ -211,15 +198,17 @@ for _verb, _function, _options in (
     ("prepare", _prepare, []),
     ("inspect", _inspect, INSPECT_OPTIONS),
 ):
-    _parameters = [*_options, *config_options()]
+    _parameters = [*_options, VERBOSE, *config_options()]
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
 for _command in (convert, evaluate, serve, chat):
     main.add_command(_command)
+for _command in (convert, evaluate):
+    _command.params.append(VERBOSE)
 
 
-@main.command()
+@main.command(params=[VERBOSE])
 @click.option("--folder", default="demo", help="Where everything goes  ['demo']")
 @click.option("--num_workers", type=click.IntRange(1), default=2, help="Training workers  [2]")
 def demo(folder: str, num_workers: int) -> None:

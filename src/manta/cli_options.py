@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from manta import quiet
+
 if TYPE_CHECKING:
     from manta.runs import Run
 
@@ -16,6 +18,21 @@ BASE_MODEL = click.option("--base_model", metavar="TEXT", help="The model that w
 CHECKPOINTS_DIR = click.option("--checkpoints_dir", default="results", help="Folder of all runs  ['results']")
 FULL_FT = click.option(
     "--full_ft", type=bool, is_flag=False, flag_value=True, help="Look at full fine-tuning runs only"
+)
+
+
+def _speak_up(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        quiet.speak_up()
+
+
+VERBOSE = click.Option(
+    ["--verbose"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_speak_up,
+    help="Show what libraries and workers print, too; without it, that is in the run's logs",
 )
 
 

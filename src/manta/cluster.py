@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from manta import quiet
 from manta.config import Config
 from manta.errors import UserError
 
@@ -33,7 +34,16 @@ _IDLE = {"num_workers_soft_limit": 64}
 SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
 # What is set where the command is typed, and holds for all workers: networks, and whether the hub is asked.
-_FORWARDED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_FORWARDED = (
+    "NCCL_",
+    "TORCH_NCCL_",
+    "GLOO_",
+    "FI_",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    quiet.VARIABLE,
+)
 
 
 @contextmanager
@@ -42,6 +52,7 @@ def connected(config: Config) -> Iterator[None]:
     for name, seconds in TIMEOUTS.items():
         os.environ.setdefault(name, seconds)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
+    level = logging.INFO if quiet.is_verbose() else logging.ERROR
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -56,8 +67,8 @@ def connected(config: Config) -> Iterator[None]:
             include_dashboard=None if config.ray_address else False,
             _system_config=None if address else SYSTEM,
             runtime_env={"env_vars": _for_the_controller()} if address else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            log_to_driver=quiet.is_verbose(),
+            logging_level=level,
         )
     except (OSError, ValueError) as error:
         where = config.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
@@ -76,7 +87,7 @@ def connected(config: Config) -> Iterator[None]:
         ) from error
     try:
         for name in ("ray.data", "ray.train", "ray"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
         ray.shutdown()

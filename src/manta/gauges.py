@@ -75,8 +75,8 @@ def served(status: Status, host: str, port: int) -> Iterator[None]:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise UserError(
-            f"--metrics_port {port} cannot be opened at {host} ({error.strerror or error}). Choose another, or leave it "
-            "out."
+            f"--metrics_port {port} cannot be opened at {host} ({error.strerror or error}). Choose another, or leave "
+            "it out."
         ) from error
     try:
         yield

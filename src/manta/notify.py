@@ -130,9 +130,10 @@ def _post(url: str, payload: dict[str, Any]) -> str | None:
 
 def _call(command: str, payload: dict[str, Any]) -> str | None:
     """Run `command`, without a shell, with the JSON on its stdin and the plain values as MANTA_… variables."""
-    plain = {
-        f"MANTA_{name.upper()}": str(value) for name, value in payload.items() if isinstance(value, str | int | float)
-    }
+    environment = dict(os.environ)
+    for name, value in payload.items():
+        if isinstance(value, str | int | float):
+            environment[f"MANTA_{name.upper()}"] = str(value)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
         shlex.split(command), stdin=subprocess.PIPE, env=environment, start_new_session=True, **quiet

@@ -248,6 +248,7 @@ class Display:
     def __init__(self, title: str, status: Status, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, highlight=False)
         self.title, self.status = title, status
+        self.said: dict[str, str | None] = {}
         self.next_plain = 0.0
         self.began = time.monotonic()
         self.bar = Progress(
@@ -270,10 +271,20 @@ class Display:
             self.live.stop()
 
     def take(self, message: dict[str, Any]) -> None:
-        """Tell a message of the mailbox that `status` has taken."""
-        if text := told(message):
-            self.note(text)
+        """A message of the mailbox, which `status` has taken."""
+        self.tell(message)
         self.show(now=message["kind"] == "log" and "eval_loss" in message)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Say an event, but neither how an attempt is set up if that is as before, nor again why the last one ended."""
+        kind, text = event["kind"], event.get("text")
+        if kind == "attempt":
+            self.said.pop("restart", None)
+        again = text is not None and text == self.said.get("restart" if kind == "failure" else kind)
+        if (line := told(event)) and not again:
+            self.note(line)
+        if kind in ("setup", "restart"):
+            self.said[kind] = text
 
     def note(self, text: str) -> None:
         say(self.console, f"{self.title}: {text}")
@@ -302,13 +313,10 @@ class Display:
         parts = [f"{label} {value:{form}}" for label, value, form in figures if value is not None]
         if status.tokens_per_second:
             parts.append(f"{status.tokens_per_second:,.0f} tok/s")
-        if status.workers:
-            parts.append(f"{status.workers} worker{'s' * (status.workers > 1)}")
-        if status.attempt > 1:
-            parts.append(f"attempt {status.attempt}")
-        if status.state in ("starting", "restarting"):
-            parts.append(f"{status.state} workers")
-        return "  ".join(parts)
+        wait = f"{status.state} " if status.state in ("starting", "restarting") else ""
+        count = f"{status.workers} worker{'s' * (status.workers > 1)}" if status.workers else "workers" if wait else ""
+        attempt = f"attempt {status.attempt}" if status.attempt > 1 else ""
+        return "  ".join(filter(None, [*parts, wait + count, attempt]))
 
 
 def told(message: dict[str, Any]) -> str | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, extras, imports, manifest, nodes, runs, signals, snapshot, spares, storage
+from manta import cluster, extras, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -178,6 +177,7 @@ def _fit(
     status.begin(steps, run.latest())
     with (
         Display(title, status, console) as display,
+        quiet.captured(run.logs, console),
         Monitor(mailbox, run, status, display, notifier.take) as monitor,
         signals.stopping_on_sigterm(monitor.stop_wanted),
     ):

@@ -11,7 +11,7 @@ from manta import lease, manifest, storage
 from manta.errors import TrainingError, UserError
 from manta.jsonl import NewLines
 from manta.outcome import FAILED, exit_code, why_failed
-from manta.progress import LOOK_S, Display, told
+from manta.progress import LOOK_S, Display
 from manta.report import print_summary
 from manta.runs import Run
 from manta.status import Status
@@ -27,8 +27,8 @@ def find(name: str, wait: bool = False) -> Run:
             others = sorted(file.parent.name for file in run.path.parent.glob("*/config.yaml"))
             there = f" Runs in {run.path.parent}: {', '.join(others)}." if others else ""
             raise UserError(
-                f"There is no run at {run.path}, or not yet: its folder is made once its data is prepared.{there} Mend the "
-                "name, or wait for it with --wait."
+                f"There is no run at {run.path}, or not yet: its folder is made once its data is prepared.{there} Mend "
+                "the name, or wait for it with --wait."
             )
         time.sleep(LOOK_S[storage.is_remote(run.path)])
     return run
@@ -64,8 +64,8 @@ def _follow(run: Run, display: Display) -> None:
             held = lease.is_held(run.path)  # before the rest is read, so that nothing of the end is missed
             before, display.status = display.status, _status(run)
             for event in events.read():
-                if event["time"] >= display.status.began and (text := told(event)):
-                    display.note(text)
+                if event["time"] >= display.status.began:
+                    display.tell(event)
         except Exception as error:  # of any client of a store: the next look may succeed
             if not storage.is_remote(run.path) and not isinstance(error, OSError):
                 raise

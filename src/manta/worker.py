@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Collection
@@ -16,7 +17,7 @@ import psutil
 import ray
 from ray import train
 
-from manta import activations, checkpoint, copies, diagnosis, memory, model, progress, storage
+from manta import activations, checkpoint, copies, diagnosis, memory, model, progress, quiet, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -246,12 +247,18 @@ def _divided(config: Config, split: int) -> Config:
 
 
 def _log_to_file(run: Run) -> None:
-    """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead."""
+    """Send this process's output, C libraries included, to the run's own log; the driver shows one display instead.
+
+    With --verbose also to where it went, which Ray shows at the driver.
+    """
     log_file = _log_file(run)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    log = log_file.open("ab", buffering=0)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if quiet.is_verbose():  # a process of its own, which still writes what a crash leaves in the pipe
+        log: Any = subprocess.Popen(["tee", "--append", log_file], stdin=subprocess.PIPE).stdin
+    else:
+        log = log_file.open("ab", buffering=0)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from manta import diagnosis, manifest
+from manta import diagnosis, manifest, quiet
 from manta.data import lines
 from manta.data.lines import SHARD_BYTES, SHARD_ROWS, BadRow
 from manta.dataset_config import HFDatasetConfig
@@ -253,7 +253,8 @@ def _load_from_hub(config: HFDatasetConfig) -> Dataset:
 def _datasets() -> Any:
     import datasets
 
-    datasets.disable_progress_bars()
+    if not quiet.is_verbose():
+        datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs as errors what it raises too
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a file of our own is no download; offline, each count stalls
     return datasets

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from manta import quiet
 from manta.config import Config
 from manta.data import shards
 from manta.data.shards import Job
@@ -28,10 +29,9 @@ def on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
     import ray
 
     context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which configures it
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.verbose_stats_logs = False
+    context.enable_progress_bars = context.print_on_execution_start = context.verbose_stats_logs = quiet.is_verbose()
+    if not quiet.is_verbose():
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which configures it
     shared = ray.put(job)  # rows stay in their files: a task opens what it reads
 
     processes = min(job.shards, config.hf_dataset_config.num_proc)
