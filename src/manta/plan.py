@@ -26,7 +26,6 @@ from manta.model import Placement
 GIB = 2**30
 MFU = 0.35  # of the published peak that a run is taken to reach; benchmarks/gpu.py measures it
 CUDA_CONTEXT = 0.8 * GIB  # CUDA's context, cuBLAS and NCCL: taken for granted, not measured here
-_ALLOCATOR = 1.02  # of what is alive: what allocators hold besides; see benchmarks/results/*-plan.md
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,9 @@ class _Planned:
 
     def expected(self) -> int:
         """The most that a worker has in a step, without a checkpoint being written."""
-        return self.framework + int(self.memory.step * _ALLOCATOR) if self.memory else 0
+        if self.memory is None:
+            return 0
+        return self.framework + (self.memory.resident if self.place.device == "cpu" else self.memory.step)
 
     @property
     def total(self) -> int:
@@ -132,7 +133,7 @@ class _Planned:
         base = sum(each.numel() for each in self.bare.parameters())
         trainable = sum(each.numel() for each in network.parameters() if each.requires_grad)
         parts = asdict(self.memory) if self.memory else {}
-        held = int(self.memory.step * (_ALLOCATOR - 1)) if self.memory else 0
+        held = self.expected() - self.framework - self.memory.step if self.memory else 0
         return {
             "model": self.config.hf_model_id,
             "parameters": base,
@@ -161,7 +162,7 @@ class _Planned:
 
     def time(self, mfu: float, measured: probe.Measured | None = None) -> dict[str, Any]:
         """Tokens/s and hours, from the best that is known: measured now, measured before, or the published peak."""
-        rate, source = None, "unknown: --probe measures it"
+        rate, source = None, "nothing was measured: --probe does"
         if measured is not None:
             rate = measured.tokens_per_second * self.place.workers / measured.workers
             source = f"measured by the probe on {measured.workers}"
