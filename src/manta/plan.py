@@ -25,6 +25,7 @@ from manta.model import Placement
 
 GIB = 2**30
 MFU = 0.35  # of the published peak that a run is taken to reach; benchmarks/gpu.py measures it
+RAY = int(1.7 * GIB)  # driver, Ray's processes and actors of one run: the sum of their Pss, seen with Ray 2.60
 CUDA_CONTEXT = 0.8 * GIB  # CUDA's context, cuBLAS and NCCL: taken for granted, not measured here
 
 
@@ -74,7 +75,7 @@ def plan(config: Config, names: str | None = None, mfu: float = MFU, probed: boo
         }  # fmt: skip
     found["time"] = mine.time(mfu, measured)
     found["disk"] = _disk(config, bare, mine)
-    found["remedies"] = [] if found["fits"] else _remedies(mine)
+    found["remedies"] = _remedies(mine) if found["fits"] is False else []
     found["accelerators"] = [
         _compared(config, Place(name, "cuda", int(USABLE * each.memory * GIB), here.workers, here.nodes, each.flops),
                   work, bare, mfu)
@@ -120,8 +121,13 @@ class _Planned:
         return self.framework + (self.memory.resident if self.place.device == "cpu" else self.memory.step)
 
     @property
+    def spare(self) -> int:
+        """The process that is kept started for a restart of this worker."""
+        return self.framework if self.config.spare_workers and self.place.device == "cpu" else 0
+
+    @property
     def total(self) -> int:
-        return self.expected() + (self.memory.copies if self.memory else 0)
+        return self.expected() + self.spare + (self.memory.copies if self.memory else 0)
 
     @property
     def fits(self) -> bool | None:
@@ -148,7 +154,13 @@ class _Planned:
                 "why": self.why,
             },
             "micro_batch": {"rows": self.config.per_device_train_batch_size, "tokens": self.shape.tokens},
-            "memory": {"framework": self.framework, **parts, "allocator": held, "total": self.total},
+            "memory": {
+                "framework": self.framework,
+                **parts,
+                "allocator": held,
+                "spare": self.spare,
+                "total": self.total,
+            },
             "fits": self.fits,
             "work": {
                 "from": self.work.source,
@@ -199,7 +211,7 @@ def _here(config: Config, framework: int) -> Place:
         native = model.computes_bfloat16("cuda")
         return Place(name, "cuda", int(0.97 * room), fewest, 1, known and known.flops, native)
     one = Placement(torch.device("cpu"), fewest)
-    free = memory.free_bytes(one) + framework // fewest  # this process's own goes with it
+    free = memory.free_bytes(one) + (framework - RAY) // fewest  # this process's own goes with it
     return Place("this machine's CPU", "cpu", free, fewest, bfloat16=model.computes_bfloat16("cpu"))
 
 

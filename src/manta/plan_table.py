@@ -20,6 +20,7 @@ PARTS = {
     "casts": "half-precision copies of weights",
     "gathered": "layers that FSDP makes whole for a moment",
     "allocator": "threads and kernels, and what was freed and is held",
+    "spare": "a process that is started ahead of a restart",
     "copies": "a checkpoint that is being written",
 }
 
