@@ -25,8 +25,8 @@ from manta.model import Placement
 
 GIB = 2**30
 MFU = 0.35  # of the published peak that a run is taken to reach; benchmarks/gpu.py measures it
+RAY = int(1.7 * GIB)  # driver, Ray's processes and actors of one run: the sum of their Pss, seen with Ray 2.60
 CUDA_CONTEXT = 0.8 * GIB  # CUDA's context, cuBLAS and NCCL: taken for granted, not measured here
-_ALLOCATOR = 1.02  # of what is alive: what allocators hold besides; see benchmarks/results/*-plan.md
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(config: Config, names: str | None = None, mfu: float = MFU, probed: boo
         }  # fmt: skip
     found["time"] = mine.time(mfu, measured)
     found["disk"] = _disk(config, bare, mine)
-    found["remedies"] = [] if found["fits"] else _remedies(mine)
+    found["remedies"] = _remedies(mine) if found["fits"] is False else []
     found["accelerators"] = [
         _compared(config, Place(name, "cuda", int(USABLE * each.memory * GIB), here.workers, here.nodes, each.flops),
                   work, bare, mfu)
@@ -116,11 +116,18 @@ class _Planned:
 
     def expected(self) -> int:
         """The most that a worker has in a step, without a checkpoint being written."""
-        return self.framework + int(self.memory.step * _ALLOCATOR) if self.memory else 0
+        if self.memory is None:
+            return 0
+        return self.framework + (self.memory.resident if self.place.device == "cpu" else self.memory.step)
+
+    @property
+    def spare(self) -> int:
+        """The process that is kept started for a restart of this worker."""
+        return self.framework if self.config.spare_workers and self.place.device == "cpu" else 0
 
     @property
     def total(self) -> int:
-        return self.expected() + (self.memory.copies if self.memory else 0)
+        return self.expected() + self.spare + (self.memory.copies if self.memory else 0)
 
     @property
     def fits(self) -> bool | None:
@@ -132,7 +139,7 @@ class _Planned:
         base = sum(each.numel() for each in self.bare.parameters())
         trainable = sum(each.numel() for each in network.parameters() if each.requires_grad)
         parts = asdict(self.memory) if self.memory else {}
-        held = int(self.memory.step * (_ALLOCATOR - 1)) if self.memory else 0
+        held = self.expected() - self.framework - self.memory.step if self.memory else 0
         return {
             "model": self.config.hf_model_id,
             "parameters": base,
@@ -147,7 +154,13 @@ class _Planned:
                 "why": self.why,
             },
             "micro_batch": {"rows": self.config.per_device_train_batch_size, "tokens": self.shape.tokens},
-            "memory": {"framework": self.framework, **parts, "allocator": held, "total": self.total},
+            "memory": {
+                "framework": self.framework,
+                **parts,
+                "allocator": held,
+                "spare": self.spare,
+                "total": self.total,
+            },
             "fits": self.fits,
             "work": {
                 "from": self.work.source,
@@ -161,7 +174,7 @@ class _Planned:
 
     def time(self, mfu: float, measured: probe.Measured | None = None) -> dict[str, Any]:
         """Tokens/s and hours, from the best that is known: measured now, measured before, or the published peak."""
-        rate, source = None, "unknown: --probe measures it"
+        rate, source = None, "nothing was measured: --probe does"
         if measured is not None:
             rate = measured.tokens_per_second * self.place.workers / measured.workers
             source = f"measured by the probe on {measured.workers}"
@@ -198,7 +211,7 @@ def _here(config: Config, framework: int) -> Place:
         native = model.computes_bfloat16("cuda")
         return Place(name, "cuda", int(0.97 * room), fewest, 1, known and known.flops, native)
     one = Placement(torch.device("cpu"), fewest)
-    free = memory.free_bytes(one) + framework // fewest  # this process's own goes with it
+    free = memory.free_bytes(one) + (framework - RAY) // fewest  # this process's own goes with it
     return Place("this machine's CPU", "cpu", free, fewest, bfloat16=model.computes_bfloat16("cpu"))
 
 

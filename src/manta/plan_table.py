@@ -19,7 +19,8 @@ PARTS = {
     "logits": "and their gradients, as if every token were trained",
     "casts": "half-precision copies of weights",
     "gathered": "layers that FSDP makes whole for a moment",
-    "allocator": "held, not in use",
+    "allocator": "threads and kernels, and what was freed and is held",
+    "spare": "a process that is started ahead of a restart",
     "copies": "a checkpoint that is being written",
 }
 
@@ -51,8 +52,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     product = f"{work['steps']:,} steps × {work['tokens_per_step']:,} tokens = {_count(work['tokens'])} tokens"
     say(f"{product} ({_told(work)})")
     time = found["time"]
-    rate = f"{time['tokens_per_second']:,.0f} tokens/s" if time["tokens_per_second"] else "tokens/s"
-    say(f"{_hours(time['hours'])} at {rate} ({time['from']})")
+    rate = f" at {time['tokens_per_second']:,.0f} tokens/s" if time["tokens_per_second"] else ""
+    say(f"Time: {_hours(time['hours'])}{rate} ({time['from']})")
     disk = found["disk"]
     room = "" if disk["free"] is None else f"; {_size(disk['free'])} free: {'fits' if disk['fits'] else 'too little'}"
     say(
@@ -65,14 +66,14 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def _memory(found: dict[str, Any]) -> Table:
     table = Table(title="Memory of one worker", title_justify="left")
-    for column, where in (("part", "left"), ("GiB", "right"), ("what", "left")):
+    for column, where in (("part", "left"), ("size", "right"), ("what", "left")):
         table.add_column(column, justify=where)  # type: ignore[arg-type]
     parts = found["memory"]
     for name, about in PARTS.items():
         if parts.get(name):
-            table.add_row(name, f"{parts[name] / GIB:.2f}", about)
+            table.add_row(name, _size(parts[name]), about)
     table.add_section()
-    table.add_row("total", f"{parts['total'] / GIB:.2f}", f"of {found['place']['room'] / GIB:.2f} that it may have")
+    table.add_row("total", _size(parts["total"]), f"of {_size(found['place']['room'])} that it may have")
     return table
 
 
@@ -126,5 +127,5 @@ def _size(number: float) -> str:
 
 def _hours(hours: float | None) -> str:
     if hours is None:
-        return "An unknown time"
+        return "unknown"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
