@@ -35,7 +35,7 @@ class Kernel:
             content = message["content"]
             texts.append(content.get("text") or str(content.get("data", {}).get("text/plain", "")))
 
-        reply = self.client.execute_interactive(code, output_hook=hear, timeout=240)["content"]
+        reply = self.client.execute_interactive(code, output_hook=hear, timeout=400)["content"]
         return reply["status"], [reply.get("ename", ""), reply.get("evalue", "")], "\n".join(texts)
 
 
@@ -46,7 +46,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder))
     try:
         notebook = nbformat.read(NOTEBOOK, as_version=4)
-        NotebookClient(notebook, km=manager, timeout=240).execute(cleanup_kc=False)
+        try:
+            NotebookClient(notebook, km=manager, timeout=400).execute(cleanup_kc=False)
+        finally:
+            nbformat.write(notebook, folder / "executed.ipynb")
         yield Kernel(manager, client, folder, notebook)
     finally:
         client.stop_channels()
@@ -69,7 +72,7 @@ def shown(kernel: Kernel, start: str) -> str:
 def test_the_notebook_prepares_trains_evaluates_and_converts(kernel):
     assert "'rows': 900" in shown(kernel, "prepared =")
     assert "-100" in shown(kernel, "sample =")
-    assert "status='finished'" in shown(kernel, "result =") and "steps=30" in shown(kernel, "result =")
+    assert "status='finished'" in shown(kernel, "result =") and "steps=20" in shown(kernel, "result =")
     assert "Gain(mean=" in shown(kernel, "evaluation.gains")
     assert "Question: write forty-two in digits." in shown(kernel, "export =")
     run = Run(kernel.folder / "finetune/results/numbers")
@@ -79,17 +82,17 @@ def test_the_notebook_prepares_trains_evaluates_and_converts(kernel):
 
 def test_what_a_notebook_shows(kernel):
     bar = next(each for each in outputs(kernel, "result =") if "<progress" in str(each.get("data", {})))
-    assert '<progress value="30" max="30">' in bar.data["text/html"] and "eval" in bar.data["text/plain"]
+    assert '<progress value="20" max="20">' in bar.data["text/html"] and "eval" in bar.data["text/plain"]
     table = next(each for each in outputs(kernel, "evaluation =") if each.output_type == "execute_result")
     assert table.data["text/html"].count("<tr>") == 3 and "tuned" in table.data["text/html"]
     written = [each for cell in kernel.notebook.cells for each in cell.get("outputs", [])]
     noise = [each.text for each in written if each.output_type == "stream" and each.name == "stderr"]
-    assert [text for text in noise if "Warning" in text or "ipywidgets" in text] == []
+    assert noise == []
 
 
 def test_a_finished_run_is_returned_at_once_and_a_wrong_setting_is_an_error_that_ends_nothing(kernel):
     status, _, text = kernel.run("manta.train(config).steps, manta.train.__module__")
-    assert status == "ok" and "(30, 'manta.api')" in text
+    assert status == "ok" and "(20, 'manta.api')" in text
     status, error, _ = kernel.run("manta.train(config.model_copy(update={'learning_rate': 1.0}))")
     assert (status, error[0]) == ("error", "ConfigError") and "other settings" in error[1]
     status, error, _ = kernel.run("manta.convert('nowhere')")
