@@ -6,6 +6,7 @@ files hold on the site as they do in the repository. Settings and commands are w
 
 from __future__ import annotations
 
+import inspect
 import posixpath
 import re
 import types
@@ -20,7 +21,6 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from manta.cli import SECTIONS, main
 from manta.config import Config, HFDatasetConfig
 from manta.dataset_config import LintConfig
-from manta.launch.command import ABOUT
 from manta.launch.config import SECTIONS as TARGETS
 from manta.launch.config import SHARED, LaunchConfig, sections
 
@@ -104,7 +104,8 @@ def on_page_content(content: str, **_: Any) -> str:
         svg = re.sub(r"<style>.*?</style>", "", svg, flags=re.S)
         return f'<span class="picture" role="img" aria-label="{found[1]}">{svg}</span>'
 
-    return PICTURE.sub(inline, content)
+    content = PICTURE.sub(inline, content)
+    return re.sub(r"<td><code>[^<]*</code>", lambda cell: cell[0].replace("\\|", "|"), content)  # as GitHub shows it
 
 
 def relinked(markdown: str, page: str) -> str:
@@ -167,8 +168,8 @@ def _row(name: str, field: Any) -> str:
     shown = "" if empty else f"`{yaml.safe_dump(default).partition(chr(10))[0]}`"
     if isinstance(default, str):
         shown = f"`{default!r}`" if "\n" in default else f"`{default}`"
-    about = str(field.description).replace("|", "\\|").replace("{", "&#123;").replace("<", "&lt;")
-    return f"| `{name}` | {_kind(field).replace('|', chr(92) + '|')} | {shown} | {about} |\n"
+    about = _cell(str(field.description)).replace("{", "&#123;")
+    return f"| `{name}` | {_kind(field)} | {shown} | {about} |\n"
 
 
 def _kind(field: Any) -> str:
@@ -204,23 +205,23 @@ def commands_page() -> str:
         if isinstance(command, click.Group):
             return "".join(describe(f"{name} {each}", found) for each, found in command.commands.items())
         context = click.Context(command)
-        usage = " ".join(
-            parameter.make_metavar(context) for parameter in command.params if isinstance(parameter, click.Argument)
-        )
-        text = f"\n## {name}\n\n{(command.help or '').strip()}\n\n```text\n{name} {usage} [OPTIONS]\n```\n\n"
-        target = name.removeprefix("manta launch ")
-        own = settings | set(sections(target)) | set(SHARED) if target in ABOUT else settings
-        options = [each for each in command.params if isinstance(each, click.Option) and each.name not in own]
+        usage = [each.make_metavar(context) for each in command.params if isinstance(each, click.Argument)]
+        text = f"\n## {name}\n\n{inspect.cleandoc(command.help or '')}\n\n"
+        text += f"```text\n{' '.join([name, *usage, '[OPTIONS]'])}\n```\n\n"
+        trains = any(each.name == "hf_model_id" for each in command.params)
+        target = sections(name.rpartition(" ")[2]) if name.startswith("manta launch ") else {}
+        elsewhere = {*settings, *target, *(SHARED if target else ())} if trains else set()
+        options = [each for each in command.params if isinstance(each, click.Option) and each.name not in elsewhere]
         records = [found for each in options if (found := each.get_help_record(context))]
-        rows = "".join(
-            f"| `{flag.replace('|', chr(92) + '|')}` | {about.replace('|', chr(92) + '|')} |\n"
-            for flag, about in records
-        )
-        if len(options) < len(command.params) - len(usage.split()):
-            rows += "| … | and [settings](settings.md) |\n"
+        rows = "".join(f"| `{_cell(flag)}` | {_cell(about)} |\n" for flag, about in records)
+        rows += "| … | and [settings](settings.md) |\n" if trains else ""
         return text + (f"| option | |\n|---|---|\n{rows}" if rows else "")
 
     return page + "".join(describe(f"manta {name}", command) for name, command in main.commands.items())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def python_page() -> str:

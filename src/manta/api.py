@@ -40,10 +40,11 @@ def prepare(config: Config, *, quiet: bool = False) -> Prepared:
     Raises:
         UserError: The data is missing, its columns do not fit, or more rows are bad than `bad_rows_limit` allows.
     """
+    console = notebook.console(quiet)
     from manta.data.prepare import Prepared
     from manta.preparation import prepare_only
 
-    return Prepared(prepare_only(config, notebook.console(quiet)))
+    return Prepared(prepare_only(config, console))
 
 
 def train(config: Config, *, quiet: bool = False) -> TrainResult:
@@ -64,10 +65,11 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         TrainingError: The workers failed for good; the message says why, and where their logs are.
         KeyboardInterrupt: On Ctrl-C, or a notebook's stop button. The run can be gone on with.
     """
+    console = notebook.console(quiet)
     from manta.train import train as run_training
 
     try:
-        return TrainResult.of(run_training(config, notebook.console(quiet)))
+        return TrainResult.of(run_training(config, console))
     except InterruptedRunError as error:
         raise KeyboardInterrupt(str(error)) from None
 
@@ -103,6 +105,7 @@ def evaluate(
     Raises:
         UserError: There is no such run or checkpoint, or nothing to score.
     """
+    console = notebook.console(quiet)
     from manta.evaluate import evaluate as run_evaluation
 
     found = run_evaluation(
@@ -114,7 +117,7 @@ def evaluate(
         sampling=sampling,
         scoring=scoring,
         where=where,
-        console=notebook.console(quiet),
+        console=console,
     )
     return Evaluation.of(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ def inside() -> bool:
 def console(quiet: bool = False) -> Console:
     """Where a stage says what it does: standard error, or in a notebook the cell's output, as plain lines."""
     if inside():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # of libraries; nothing here needs widgets
         return Console(file=sys.stdout, force_jupyter=False, highlight=False, quiet=quiet)
     return Console(stderr=True, highlight=False, quiet=quiet)
 

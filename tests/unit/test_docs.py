@@ -93,15 +93,14 @@ def test_benchmarks_that_a_text_names_are_there():
     assert len(named) >= 5 and [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "cpt", "chat", "gpu", "multi-node", "s3"])
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_each_recipe_prepares_data(name, tmp_path):
     """Of the kind that its comment names, at its own length and packing; without a network."""
     dolly = {"instruction": "What is the capital of Peru?", "response": "Lima."}
     rows = {
         "chat": {"messages": [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima."}]},
         "cpt": {"text": "The capital of Peru is Lima."},
-        "gpu": dolly,
-        "multi-node": dolly,
+        **dict.fromkeys(("gpu", "multi-node", "launch"), dolly),
     }.get(name, {"question": "What is the capital of Peru?", "answer": "Lima."})
     data = tmp_path / "rows.jsonl"
     data.write_text(
@@ -113,6 +112,8 @@ def test_each_recipe_prepares_data(name, tmp_path):
         "{% endgeneration %}{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}A: {% endif %}"
     )
+    parts = Config.load(ROOT / "recipes" / f"{name}.yaml").hf_dataset_config.mixture
+    mixture = [{**part, "dataset_name": str(data), "format": "auto"} for part in parts]
     config = Config.load(
         ROOT / "recipes" / f"{name}.yaml",
         {
@@ -120,7 +121,7 @@ def test_each_recipe_prepares_data(name, tmp_path):
             "data_dir": str(tmp_path / "prepared"),
             "results_dir": str(tmp_path / "results"),
             "chat_template": str(template) if name == "chat" else None,
-            "hf_dataset_config": {"dataset_name": str(data)},
+            "hf_dataset_config": {"dataset_name": str(data), "mixture": mixture},
         },
     )
     counts = prepared_by(config).counts
@@ -172,9 +173,11 @@ def test_the_commands_page_has_every_verb_and_every_option_of_its_own(site):
     for name, command in main.commands.items():
         assert f"## manta {name}" in page
         if not isinstance(command, click.Group):
+            about = page.partition(f"## manta {name}\n")[2].partition("\n## ")[0]
+            trains = any(option.name == "hf_model_id" for option in command.params)
             for option in command.params:
-                if isinstance(option, click.Option) and option.name not in SETTINGS:
-                    assert option.opts[0] in page, option.name
+                if isinstance(option, click.Option) and not (trains and option.name in SETTINGS):
+                    assert f"`{option.opts[0]}" in about, option.name
 
 
 def test_links_of_the_site_lead_where_those_of_the_repository_do(site):
