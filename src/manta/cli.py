@@ -18,6 +18,7 @@ from manta import __version__
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import console
+from manta.cli_report import compare, report
 from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
@@ -151,10 +152,12 @@ def _train(resume: str | None, **flags: Any) -> None:
     """Prepare data, fine-tune, keep the best checkpoint. The same command after a kill goes on where it was."""
     config = config_from_flags(flags, resume)
     from manta.report import print_summary
+    from manta.run_page import left_behind
     from manta.train import train
 
-    result = train(config)
-    print_summary(result)
+    with left_behind(config):
+        result = train(config)
+        print_summary(result)
     if result["status"] == "stopped" and result["asked_to_stop"]:
         sys.exit(ASKED_TO_STOP)
 
@@ -212,7 +215,7 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-for _command in (convert, evaluate, serve, chat):
+for _command in (convert, evaluate, report, serve, chat):
     main.add_command(_command)
 
 
@@ -252,6 +255,9 @@ def runs_show(run: str) -> None:
     from manta.runs import open_run
 
     history.print_run(open_run(run), console())
+
+
+runs.add_command(compare)
 
 
 @runs.command("verify")

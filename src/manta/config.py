@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manta.dataset_config import HFDatasetConfig, LintConfig, parse_json, without_password
+from manta.dataset_config import HFDatasetConfig, LintConfig, explain, parse_json, without_password
 from manta.errors import ConfigError
 from manta.recipe import merged, read_recipe
 
@@ -327,14 +327,6 @@ def did_you_mean(key: str) -> str:
     wanted = key.replace("-", "_").removeprefix("hfdc_").removeprefix("hf_dataset_config.")
     nearest = difflib.get_close_matches(wanted, names, n=1)
     return f" Did you mean {names[nearest[0]]}?" if nearest else " `manta train --help` lists them all."
-
-
-def explain(problem: Any, show: bool = True) -> str:
-    """One of pydantic's errors as a line, with the value given if `show`."""
-    where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
-    return f"{where}: {message}{f' (got {given})' if show else ''}" if where else message
 
 
 def _shaping(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Mapping
 from functools import lru_cache
@@ -46,6 +47,15 @@ def without_password(place: str) -> str:
             "whose client takes credentials from the environment, such as s3://"
         )
     return place
+
+
+def explain(problem: Any, show: bool = True) -> str:
+    """One of pydantic's errors as a line, with the value given if `show`."""
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    show = show and where != "notify"  # which may hold a secret
+    given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
+    return f"{where}: {message}{f' (got {given})' if show else ''}" if where else message
 
 
 class HFDatasetConfig(BaseModel):

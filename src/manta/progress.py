@@ -210,7 +210,7 @@ class Monitor:
                 self.tokens_timed += message["tokens"]
             self.last_step_time = message["time"]
         elif kind == "log":
-            self.metrics.add(message)
+            self.metrics.add({**message, "tokens": self.tokens})
         elif kind != "restart":  # what the judged failure will say again
             self.events.add(message)
         self.display.take(message)

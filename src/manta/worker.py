@@ -34,6 +34,7 @@ from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed, training_arguments
+from manta.versions import versions
 from manta.watchdog import ProgressOfLoop, Watchdog
 
 # torch raises a class of its own for the allocator of a GPU only; on CPU, in NCCL and in cuBLAS it is a RuntimeError.
@@ -157,7 +158,7 @@ def _tell(
         f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, gradient checkpointing "
         f"{recomputed[0]} ({recomputed[1]})"
     )
-    mailbox.put.remote({"kind": "setup", "text": text, **chosen})
+    mailbox.put.remote({"kind": "setup", "text": text, **chosen, "versions": versions()})
 
 
 def _prepare_here(config: Config, run: Run) -> Prepared:

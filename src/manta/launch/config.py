@@ -14,14 +14,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manta.config import explain
-from manta.dataset_config import parse_json, without_password
+from manta.dataset_config import explain, parse_json, without_password
 from manta.errors import ConfigError
 from manta.launch.instances import INSTANCES
 from manta.recipe import read_yaml
+from manta.references import SECRET_NAME
 
-# What is called so is given by reference; the guard in `rendered` also looks for the values themselves.
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|[KMGTP]i?)?$"
 
 

@@ -10,23 +10,20 @@ from typing import Any
 import yaml
 
 from manta.errors import UserError
-from manta.launch.config import SECRET_NAME
 from manta.manifest import write_text
+from manta.references import secret_in
 
 Files = dict[str, str]
-_SHORTEST = 8  # a shorter value, such as `true`, is found in anything
 
 
 def refuse_secrets(files: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> None:
     """Raises UserError, without the value, if a file holds what a secret variable of this process holds."""
-    for name, value in environ.items():
-        if SECRET_NAME.search(name) and len(value) >= _SHORTEST and not value.startswith("/"):
-            for file, text in files.items():
-                if value in text:
-                    raise UserError(
-                        f"{file} would hold the value of {name}. Take it out of the recipe and the flags, and give "
-                        f'where it is: --secrets \'{{"{name}": "name#key"}}\'.'
-                    )
+    for file, text in files.items():
+        if name := secret_in(text, environ):
+            raise UserError(
+                f"{file} would hold the value of {name}. Take it out of the recipe and the flags, and give "
+                f'where it is: --secrets \'{{"{name}": "name#key"}}\'.'
+            )
 
 
 def write(files: Files, folder: Path) -> None:
