@@ -11,14 +11,13 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from manta import manifest, plots, record
+from manta import facts, manifest, plots, record
 from manta.config import GENERATED
 from manta.errors import UserError
 from manta.page import render
 from manta.plots import HALF
 from manta.record import Record
 from manta.references import redacted
-from manta.run_page import facts
 from manta.runs import METRIC
 
 MOST = 6  # runs: more curves in a picture cannot be told apart
@@ -34,7 +33,7 @@ class Comparison:
     data: dict[str, list[str]]
     outcome: dict[str, list[str]]
     best: dict[str, list[int]]  # in a row of the outcome, who has the best figure
-    changed_data: bool  # whether the runs trained on different prepared data
+    same_data: bool  # whether the runs trained on the same prepared data
 
 
 def compare(names: Sequence[str]) -> Comparison:
@@ -43,15 +42,15 @@ def compare(names: Sequence[str]) -> Comparison:
         raise UserError(f"{len(names)} run{'s' * (len(names) != 1)} cannot be compared. Name two to {MOST}.")
     records = record.open_all(names)
     shared = len({each.name for each in records}) < len(records)
-    prints = {each.data["path"].name if each.data else None for each in records}
+    same_data = len({each.data["path"].name if each.data else None for each in records}) == 1
     return Comparison(
         records,
         [f"{each.run.path.parent.name}/{each.name}" if shared else each.name for each in records],
         _settings(records),
         _data(records),
         _outcome(records),
-        _best(records),
-        len(prints) > 1,
+        _best(records, same_data),
+        same_data,
     )
 
 
@@ -63,7 +62,7 @@ def show(comparison: Comparison, console: Console) -> None:
         ("what came of it", comparison.outcome),
     ):
         table = Table(box=None, padding=(0, 2), title=title, title_justify="left", title_style="bold")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for name in comparison.names:
             table.add_column(name, overflow="fold")
         for label, texts in rows.items():
@@ -76,7 +75,7 @@ def show(comparison: Comparison, console: Console) -> None:
             console.print(f"{title}: none")
     if any(comparison.best.values()):
         console.print("* the best")
-    if comparison.changed_data:
+    if not comparison.same_data:
         console.print("The runs trained on different data, so their losses are of different rows.")
 
 
@@ -114,18 +113,19 @@ def _data(records: list[Record]) -> dict[str, list[str]]:
 
 
 def _outcome(records: list[Record]) -> dict[str, list[str]]:
-    found = [facts(each) for each in records]
+    found = [facts.figures(each) for each in records]
     names = list(dict.fromkeys(name for each in found for name in each))
     return {name: [each.get(name, "") for each in found] for name in names}
 
 
-def _best(records: list[Record]) -> dict[str, list[int]]:
-    """Who has the best figure of those that all have; nobody where it is the same for all, or of different metrics."""
+def _best(records: list[Record], same_data: bool) -> dict[str, list[int]]:
+    """Who has the best figure of those that all have; nobody where it is the same for all, or figures of other data or
+    other metrics."""
     rows: dict[str, tuple[list[float | None], bool]] = {
         "tokens/s": ([each.tokens_per_second for each in records], True),
         "peak memory of a worker": ([each.peak_memory_bytes for each in records], False),
     }
-    if len(metrics := {each.metric for each in records}) == 1:
+    if same_data and len(metrics := {each.metric for each in records}) == 1:
         metric = metrics.pop()
         rows[f"best {metric}"] = ([each.best_value for each in records], metric != METRIC)
     found = {}
@@ -141,9 +141,8 @@ def _pictures(comparison: Comparison) -> list[str]:
     asked = [("loss", "training loss"), (METRIC, "validation loss")]
     asked += [("learning_rate", "learning rate"), ("grad_norm", "norm of gradients")]
     named = list(zip(comparison.names, comparison.records, strict=True))
-    drawn: list[tuple[str, dict[str, Any]]] = [
-        (label, {n: each.series(key) for n, each in named}) for key, label in asked
-    ]
+    drawn: list[tuple[str, dict[str, Any]]]
+    drawn = [(label, {name: each.series(key) for name, each in named}) for key, label in asked]
     drawn.append(("tokens per second", {name: each.speed() for name, each in named}))
     for metric in sorted(GENERATED):
         told = {n: {one["step"]: one[metric] for one in each.answers.values() if metric in one} for n, each in named}

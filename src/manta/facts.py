@@ -20,7 +20,7 @@ def headline(it: Record) -> str:
     return text
 
 
-def facts(it: Record) -> dict[str, str]:
+def figures(it: Record) -> dict[str, str]:
     """What a run came to, for people; what is not known is left out."""
     figures = {
         "state": it.state,

@@ -91,12 +91,11 @@ def timeline(
         return ""
     figure, axes = _axes(WIDE, f"{unit} of running", "step")
     for points in attempts[:MOST_MARKS]:
-        few = thinned({index: step for index, step in enumerate(points.values())}, 300)
+        few = thinned(dict(enumerate(points.values())), 300)
         times = list(points)
         axes.plot([times[index] / seconds for index in few], list(few.values()), color=_SERIES[0], linewidth=1.6)
-    _draw_marks(
-        axes, [*(Mark(time / seconds, True) for time in failures), *(Mark(time / seconds, False) for time in resumed)]
-    )
+    _draw_marks(axes, [Mark(time / seconds, True) for time in failures])
+    _draw_marks(axes, [Mark(time / seconds, False) for time in resumed])
     for points, look in (
         (checkpoints, {"label": "checkpoint", "marker": "o", "markersize": 4, "color": _SERIES[1]}),
         (failures, {"label": "workers ended", "marker": "X", "markersize": 8, "color": _ALARM}),

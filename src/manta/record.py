@@ -49,7 +49,7 @@ class Record:
     run: Run
     state: str
     config: Config | None  # None: of another version of Manta, or unreadable
-    settings: dict[str, Any]  # every setting by its name; those of the data as hf_dataset_config.…
+    settings: dict[str, Any]  # every setting by its name; those of the data as hfdc_…, like their flags
     events: list[dict[str, Any]]
     lines: list[dict[str, Any]]  # of metrics.jsonl
     result: dict[str, Any]  # empty if it has not ended
@@ -212,7 +212,7 @@ def _kept(path: Path, keys: Sequence[str], of_kind: dict[str, tuple[str, ...]]) 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     nested = values.get("hf_dataset_config")
     flat = {name: value for name, value in values.items() if name != "hf_dataset_config"}
-    return flat | {f"hf_dataset_config.{name}": value for name, value in (nested or {}).items()}
+    return flat | {f"hfdc_{name}": value for name, value in (nested or {}).items()}
 
 
 _DEFAULTS = _flat(Config().to_dict())

@@ -11,11 +11,12 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 
-from manta import manifest, plots, record, runs, storage
+from manta import facts, manifest, plots, record, runs, storage
 from manta.config import GENERATED, Config
 from manta.data.source import SPLITS
 from manta.dataset_config import HFDatasetConfig
 from manta.errors import UserError
+from manta.facts import duration, moment, number, size
 from manta.page import render
 from manta.plots import HALF, Mark
 from manta.preparation import absolute
@@ -69,8 +70,8 @@ def page(it: Record, beside: bool = True) -> str:
         "run_page.html",
         without_secrets=True,
         it=it,
-        headline=headline(it),
-        facts=facts(it),
+        headline=facts.headline(it),
+        facts=facts.figures(it),
         setup={name.replace("_", " "): it.setup[name] for name in _CHOSEN if name in it.setup},
         settings=_settings(it),
         pictures=[Markup(picture) for picture in pictures(it) if picture],
@@ -82,9 +83,9 @@ def page(it: Record, beside: bool = True) -> str:
         checkpoints=_checkpoints(it),
         splits=SPLITS,
         lineage=_lineage(it),
-        phases=phases(seconds),
+        phases=facts.phases(seconds),
         first_step=sum(seconds.get(name, 0.0) for name in ("check", "ray", "prepare", "until_first_step")),
-        commands=commands(it),
+        commands=facts.commands(it),
         evaluated=_evaluated(it),
         written=moment(time.time()),
         as_text=record.as_text,
@@ -114,7 +115,7 @@ def pictures(it: Record) -> list[str]:
 
 def _settings(it: Record) -> list[dict[str, Any]]:
     """Every setting with its default, whether it differs, and its help."""
-    fields = {**Config.model_fields, **{f"hf_dataset_config.{n}": f for n, f in HFDatasetConfig.model_fields.items()}}
+    fields = {**Config.model_fields, **{f"hfdc_{n}": f for n, f in HFDatasetConfig.model_fields.items()}}
     named = it.config is not None and it.settings.get("run_name") == default_name(it.config)
     return [
         {
@@ -144,9 +145,8 @@ def _timeline(it: Record) -> str:
             failures[clock(each.end)] = steps[each.number][clock(each.end)] = each.last_step
     saved = {clock(event["time"]): event["step"] for event in it.events if event["kind"] == "checkpoint"}
     resumed = [clock(after.begin) for before, after in _pairs(it) if not before.failure]
-    return plots.timeline(
-        list(steps.values()), saved, failures, resumed, "Steps over time, with restarts and checkpoints"
-    )
+    title = "Steps over time, with restarts and checkpoints"
+    return plots.timeline(list(steps.values()), saved, failures, resumed, title)
 
 
 def _attempts(it: Record) -> list[dict[str, Any]]:
@@ -178,10 +178,8 @@ def _happened(it: Record) -> list[tuple[str, str, str]]:
             workers = f"{event['world_size']} worker{'s' * (event['world_size'] != 1)}"
             text = f"attempt {event['attempt']}: {workers}, from step {event['step']}"
         elif event["kind"] == "failure":
-            level, text = (
-                "error",
-                f"ended after step {event['step']}: {event['cause'].replace('_', ' ')}: {event['text']}",
-            )
+            cause = event["cause"].replace("_", " ")
+            level, text = "error", f"ended after step {event['step']}: {cause}: {event['text']}"
         elif event["kind"] == "validation":
             told = ", ".join(f"{name} {event[name]:.4g}" for name in sorted(GENERATED & event.keys()))
             text = f"answers of step {event['step']}: {told}"
@@ -207,18 +205,16 @@ def _checkpoints(it: Record) -> list[dict[str, Any]]:
     found = []
     for each in it.checkpoints:
         about = manifest.read(each.path) or {"files": {}}
-        figure = it.answers.get(each.path.name, each.metrics).get(it.metric)
+        figure = (each.metrics | it.answers.get(each.path.name, {})).get(it.metric)
         marks = [name for name, one in (("best", it.best), ("newest", latest)) if one and one.path == each.path]
-        size = sum(file["size"] for file in about["files"].values())
+        total = sum(file["size"] for file in about["files"].values())
         found.append(
-            {"name": each.path.name, "step": each.step, "size": size_of(size), "figure": number(figure), "marks": marks}
+            {"name": each.path.name, "step": each.step, "size": size(total), "figure": number(figure), "marks": marks}
         )
     whole = {each["name"] for each in found}
     others = [path.name for path in it.run.path.glob("*checkpoint_*[0-9]") if path.name not in whole]
-    return found + [
-        {"name": name, "step": "", "size": "", "figure": "", "marks": ["unfinished or damaged"]}
-        for name in sorted(others)
-    ]
+    nothing = {"step": "", "size": "", "figure": "", "marks": ["unfinished or damaged"]}
+    return found + [{"name": name, **nothing} for name in sorted(others)]
 
 
 def _lineage(it: Record) -> dict[str, str]:
