@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,13 @@ def register(checkpoint: Path, metrics: dict[str, Any], validate: bool = False) 
     )
 
 
+def peak_memory() -> int:
+    """Most bytes that this process has had: torch's of its GPU, or of the host's memory where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts KiB
+
+
 class StepCopyCallback(TrainerCallback):
     """Copy what is trained at the start of the next step, when the evaluation and the save of the last are done."""
 
@@ -211,7 +219,9 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             plain = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-            self._send(kind="log", step=state.global_step, attempt=self.attempt, **plain)
+            self._send(
+                kind="log", step=state.global_step, attempt=self.attempt, **plain, peak_memory_bytes=peak_memory()
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from manta.config import NOT_SHAPING, Config
-
-_LIBRARIES = ("manta-train", "transformers", "peft", "torch", "safetensors", "ray")
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that made the weights and the folder."""
-    return {name: version(name) for name in _LIBRARIES}
 
 
 def write(folder: Path, name: str, lineage: dict[str, Any], config: Config | None) -> None:

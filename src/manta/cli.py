@@ -17,6 +17,7 @@ from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import VERBOSE, console
 from manta.cli_plan import plan_command
+from manta.cli_report import compare, report
 from manta.cli_serve import chat, serve
 from manta.config import Config, HFDatasetConfig
 from manta.errors import TrainingError, UserError
@@ -142,10 +143,12 @@ def _train(resume: str | None, **flags: Any) -> None:
     config = config_from_flags(flags, resume)
     from manta.outcome import exit_code
     from manta.report import print_summary
+    from manta.run_page import left_behind
     from manta.train import train
 
-    result = train(config)
-    print_summary(result)
+    with left_behind(config):
+        result = train(config)
+        print_summary(result)
     sys.exit(exit_code(result))
 
 
@@ -202,7 +205,7 @@ for _verb, _function, _options in (
     main.add_command(SectionedCommand(_verb, callback=_function, params=_parameters, help=_function.__doc__))
 
 
-for _command in (convert, evaluate, serve, chat):
+for _command in (convert, evaluate, report, serve, chat):
     main.add_command(_command)
 for _command in (convert, evaluate):
     _command.params.append(VERBOSE)
@@ -257,6 +260,9 @@ def runs_watch(run: str, wait: bool) -> None:
     from manta import watch
 
     sys.exit(watch.watch(watch.find(run, wait), console(stderr=True), console()))
+
+
+runs.add_command(compare)
 
 
 @runs.command("verify")

@@ -22,6 +22,7 @@ from manta.merge import MAX_SHARD_SIZE, merge_adapter, write_full
 from manta.model import WEIGHTS
 from manta.runs import Checkpoint, Run
 from manta.trained import Trained
+from manta.versions import versions
 
 KIND = "export"
 
@@ -81,7 +82,7 @@ def write(trained: Trained, output: Path, options: Options | None = None) -> Pat
     _check_replaceable(output)
     with _staging(output) as staging:
         lineage = {"lora": trained.is_adapter, "merged": options.merge, "base_model": trained.base}
-        lineage |= {**trained.lineage, "manta": __version__, "versions": card.versions()}
+        lineage |= {**trained.lineage, "manta": __version__, "versions": versions()}
         tokenizer = load_tokenizer(trained.tokenizer_source(), trained.trust_remote_code)
         if trained.prepared:
             tokenizer.chat_template = trained.prepared.chat_template() or tokenizer.chat_template

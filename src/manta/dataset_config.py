@@ -53,6 +53,7 @@ def explain(problem: Any, show: bool = True) -> str:
     """One of pydantic's errors as a line, with the value given if `show`."""
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    show = show and where != "notify"  # which may hold a secret
     given = re.sub(r"//[^/@\s]*@", "//…@", repr(problem["input"]))  # a URL's password
     hint = {"float": "a number such as 5e-5 or 0.1", "int": "a whole number such as 100", "bool": "true or false"}
     write = hint.get(problem["type"].removesuffix("_parsing").removesuffix("_type"), "")

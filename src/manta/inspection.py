@@ -17,6 +17,7 @@ from rich.text import Text
 from manta import manifest
 from manta.config import Config
 from manta.data import lint, packing
+from manta.data.figures import left_out, of_split
 from manta.data.prepare import QUARANTINE, Prepared
 from manta.data.shards import TOKENIZED
 from manta.data.source import SPLITS
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 ON_PAGE = 50  # samples
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where colour is not to be had
 _BARS = " ▁▂▃▄▅▆▇█"
-_BINS = 24
 _PACKED_BY_TRIAL = 100_000  # samples from which the fill that packing would give is worked out
 
 
@@ -83,12 +83,10 @@ def inspect(
     about = prepared.about
     tokenizer = load_tokenizer(about["model"], config.trust_remote_code)
     counts = about["counts"]
-    noted = {reason: each["rows"] for reason, each in counts["noted"].items() if reason not in lint.MEANING}
-    dropped = {name: counts["noted"][name]["rows"] for name in ("no_trained_token",) if name in counts["noted"]}
     return Inspection(
         prepared,
         {split: _figures(prepared, about, split, config.per_device_train_batch_size) for split in SPLITS},
-        noted | dropped | ({"bad row": counts["quarantined"]} if counts["quarantined"] else {}),
+        left_out(counts),
         _quarantine(prepared),
         lint.findings(counts, config.lint, about["made_from"]["objective"]),
         list(_pictures(prepared, tokenizer, split, samples, rows)),
@@ -141,17 +139,11 @@ def write_html(inspection: Inspection, path: Path) -> None:
 
 
 def _figures(prepared: Prepared, about: dict[str, Any], split: str, batch: int) -> dict[str, Any]:
-    """Counts of a split, and of a tokenized one lengths in tokens and how full its sequences are."""
-    figures = dict(about["counts"][split])
-    if split not in TOKENIZED or not figures["samples"]:
-        return figures
-    lengths, _ = prepared.lengths(split)
-    low, middle, high, longest = np.percentile(lengths, (0, 50, 95, 100)).astype(int).tolist()
-    figures["share"] = figures["trained_tokens"] / figures["tokens"]
-    figures["lengths"] = {"min": low, "median": middle, "p95": high, "max": longest}
-    heights, edges = np.histogram(lengths, bins=min(_BINS, max(1, longest - low + 1)))
-    figures["histogram"] = {"counts": heights.tolist(), "from": int(edges[0]), "to": int(edges[-1])}
-    if split == "training" and "fill" not in figures and about["max_seq_length"] >= longest:
+    """Of a split; of training samples also how full their sequences are, and would be if they were packed."""
+    figures = of_split(prepared, split)
+    is_open = split == "training" and "lengths" in figures and "fill" not in figures
+    if is_open and about["max_seq_length"] >= figures["lengths"]["max"]:
+        lengths, _ = prepared.lengths(split)
         some = np.arange(min(len(lengths), _PACKED_BY_TRIAL))
         trial = packing.pack(lengths, some, about["max_seq_length"])
         figures["would_fill"] = packing.fill(trial, lengths, about["max_seq_length"])

@@ -58,6 +58,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, none if there is no file. What is no whole line is left out: a writer was
+    killed, or is writing it.
+    """
+    try:
+        lines = read_text(path).split("\n")
+    except FileNotFoundError:
+        return []
+    return [value for line in lines if isinstance(value := _json_or_none(line), dict)]
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

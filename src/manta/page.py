@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from manta.references import redacted
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in; values are escaped."""
+
+def render(template: str, without_secrets: bool = False, **values: Any) -> str:
+    """A template of this package, filled in; values are escaped, and `without_secrets` those of this process are not
+    in them."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def redact(value: Any) -> Any:
+        return redacted(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -16,5 +23,6 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=redact if without_secrets else None,
     )
     return environment.get_template(template).render(**values)

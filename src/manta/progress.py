@@ -228,7 +228,7 @@ class Monitor:
                 self.tokens_timed += message["tokens"]
             self.last_step_time = message["time"]
         elif kind == "log":
-            self.metrics.add(message)
+            self.metrics.add({**message, "tokens": self.tokens})
         elif kind == "begun":
             self.begun = self.begun or message["times"]
         elif kind != "restart":  # what the judged failure will say again

@@ -13,6 +13,7 @@ results/<run>/
     ledger/                      which samples each step consumed
     logs/                        one file per worker
     result.json                  how it ended
+    report.html                  all of this as one page
     export/                      what `manta convert` wrote
 """
 
@@ -111,6 +112,10 @@ class Run:
         return self.path / "logs"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
@@ -135,16 +140,11 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None if it has not."""
-        try:
-            return json.loads(manifest.read_text(self.result_file))
-        except FileNotFoundError:
-            return None
+        return manifest.read_json(self.result_file)
 
     def events(self) -> list[dict[str, Any]]:
         """What happened, oldest first, over all starts of the run."""
-        if not self.events_file.exists():
-            return []
-        return [json.loads(line) for line in manifest.read_text(self.events_file).splitlines()]
+        return manifest.read_json_lines(self.events_file)
 
     def world_sizes(self) -> list[int]:
         """Number of workers of each attempt so far."""

@@ -37,6 +37,7 @@ from manta.errors import NonFiniteError, StorageError, UserError
 from manta.runs import METRIC, Run, step_of
 from manta.saver import Saver
 from manta.trainer import MantaTrainer, reseed, training_arguments
+from manta.versions import versions
 from manta.watchdog import ProgressOfLoop, Watchdog
 
 
@@ -164,7 +165,7 @@ def _tell(
         f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, gradient checkpointing "
         f"{recomputed[0]} ({recomputed[1]})"
     )
-    mailbox.put.remote({"kind": "setup", "text": text, **chosen})
+    mailbox.put.remote({"kind": "setup", "text": text, **chosen, "versions": versions()})
 
 
 def _prepare_here(config: Config, run: Run) -> Prepared:

@@ -27,6 +27,7 @@ from manta.convert import Options, convert
 from manta.errors import TrainingError, UserError
 from manta.runs import Run
 from manta.train import train
+from manta.versions import versions
 from running import run_of, small_config
 
 EVERY_TEN: dict[str, Any] = {"max_steps": 30, "eval_steps": 10, "save_steps": 10}
@@ -107,7 +108,7 @@ def test_a_base_and_datasets_of_the_hub_are_in_the_cards_metadata(tmp_path):
     )
     lineage = {"base_model": config.hf_model_id, "checkpoint": "checkpoint_00000010", "metrics": {"eval_loss": 1.25}}
     for merged, relation in ((True, "finetune"), (False, "adapter")):
-        card.write(tmp_path, "mine", lineage | {"lora": True, "merged": merged, "versions": card.versions()}, config)
+        card.write(tmp_path, "mine", lineage | {"lora": True, "merged": merged, "versions": versions()}, config)
         data = metadata_load(tmp_path / "README.md")
         assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3-8B", relation)
         assert data["datasets"] == ["databricks/databricks-dolly-15k"] and "sft" in data["tags"]
