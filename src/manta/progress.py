@@ -293,7 +293,7 @@ class Display:
         """A plain line where there is no terminal, if it is time for one; the longer it goes on, the fewer."""
         clock, line, status = time.monotonic(), self._line(), self.status
         if self.area and line:
-            self.area.show(status.step, status.max_steps, f"{self.title}: {line}")
+            self.area.show(status.step, status.max_steps or 0, f"{self.title}: {line}")
             return
         if self.live or not line or not (now or clock >= self.next_plain):
             return
