@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,8 @@ def run(demo, language: str, text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def readme(demo) -> list[str]:
-    """What README's commands print, run in their order, in one folder, after the demo.
+def readme(demo) -> list[tuple[str, str, float]]:
+    """README's blocks, what they print, and seconds: run in their order, in one folder, after the demo.
 
     `make` is dry here: its targets are the demo and this suite.
     """
@@ -88,13 +89,21 @@ def readme(demo) -> list[str]:
     outputs = []
     for language, text in blocks(ROOT / "README.md", "bash|python"):
         text = text.replace("source .venv/bin/activate\n", "")
-        outputs.append(run(demo, language, re.sub(r"^make (\w+)", rf"make -C {ROOT} -n \1", text, flags=re.M)))
+        begun = time.monotonic()
+        output = run(demo, language, re.sub(r"^make (\w+)", rf"make -C {ROOT} -n \1", text, flags=re.M))
+        outputs.append((text, output, time.monotonic() - begun))
     return outputs
 
 
-def test_every_command_of_the_readme_runs(readme):
+def test_every_command_of_the_readme_runs(demo, readme, record_property):
+    """A new user's way: the demo, data of one's own, a look, a plan, training, the run's page, an answer by curl."""
+    for text, _, seconds in readme:
+        record_property(text.strip().splitlines()[0], f"{seconds:.1f} s")
     assert len(readme) >= 7
-    assert any("42" in output for output in readme), "the converted model answers README's own question"
+    assert any("42" in output for _, output, _ in readme), "the converted model answers README's own question"
+    (answer,) = (output for text, output, _ in readme if "v1/completions" in text)
+    assert json.loads(answer[answer.index('{"') :])["choices"][0]["text"]
+    assert "<svg" in (demo.folder / "results/numbers/report.html").read_text(encoding="utf-8")
 
 
 def test_commands_of_the_other_documents_run_on_what_the_readme_left(demo, readme):
