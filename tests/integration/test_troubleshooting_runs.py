@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from manta.cli import main
 from faults.disk import small_disk
+from manta.cli import main
 from running import small_config, write_rows
 from tiny import tiny_model
 from troubleshooting import check
