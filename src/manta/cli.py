@@ -117,7 +117,9 @@ class Manta(click.Group):
         except TrainingError as error:
             click.echo(f"manta: {error}", err=True)
             ctx.exit(1)
-        except (OSError, MemoryError, RuntimeError) as error:  # of a library, at work
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # of a library, at work
             if (message := diagnosis.explain(error)) is None:
                 raise
             click.echo(f"manta: {message}", err=True)

@@ -155,7 +155,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         wrapped = getattr(error, "cause", None)
-        error = error.__cause__ or (wrapped if isinstance(wrapped, BaseException) else None) or error.__context__
+        before = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or (wrapped if isinstance(wrapped, BaseException) else None) or before
 
 
 def _is_path(name: str) -> bool:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from manta import quiet
+from manta import diagnosis, quiet
 from manta.config import Config
 from manta.data import shards
 from manta.data.shards import Job
-from manta.errors import UserError
+from manta.errors import StorageError, UserError
 
 _SHARDS_A_TASK = 16
 
@@ -43,6 +43,10 @@ def on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
                 yield {"result": json.dumps(shards.write_shard(_fetched(shared), shard))}
         except UserError as error:  # which Ray would wrap in a traceback of its own
             yield {"result": json.dumps({"error": str(error)})}
+        except OSError as error:
+            if (message := diagnosis.explain(error)) is None:
+                raise
+            yield {"result": json.dumps({"failure": message})}
         finally:
             gc.enable()
 
@@ -56,6 +60,8 @@ def on_ray(config: Config, job: Job) -> Iterator[dict[str, Any]]:
         result = json.loads(row["result"])
         if "error" in result:
             raise UserError(result["error"])
+        if "failure" in result:
+            raise StorageError(result["failure"])
         yield result
 
 
