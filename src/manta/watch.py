@@ -74,8 +74,8 @@ def _follow(run: Run, display: Display) -> None:
             problem = error
         else:
             problem = None
-            if display.status.time != before.time:
-                display.show(now=display.status.eval_loss != before.eval_loss)
+            if display.status.time != before.time or not held:
+                display.show(now=display.status.eval_loss != before.eval_loss or not held)
         if held:
             time.sleep(LOOK_S[storage.is_remote(run.path)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -185,7 +186,7 @@ def test_no_step_is_counted_twice_by_who_watches_over_a_restart(seen):
     final = json.loads(seen.run.progress_file.read_text())
     result = seen.run.result()
     assert final["state"] == "stopped" and final["step"] == result["steps"] == max(steps) == steps[-1] < STEPS
-    falls = [after for before, after in zip(steps, steps[1:], strict=False) if after < before]
+    falls = [after for before, after in itertools.pairwise(steps) if after < before]
     assert falls in ([], [attempts(seen.run)[1]["step"]])
 
 
