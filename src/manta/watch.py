@@ -1,4 +1,4 @@
-"""A run seen from elsewhere: the display of `manta train`, from the run's files alone. Reads only."""
+"""A run seen from elsewhere: the display of `manta train`, from the run's files alone."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from running import CANARY, lines, small_config
 pytestmark = pytest.mark.slow
 
 MANTA = [sys.executable, "-m", "manta"]
-STEPS, KILLED_AT, STOPPED_AT = 400, 12, 24
+STEPS, KILLED_AT, STOPPED_AT = 400, 16, 28
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Seen:
     """What a run looked like to everybody; `scrapes` before the kill, and after it."""
 
     run: Run
+    result: dict[str, Any]
+    progress: dict[str, Any]
     driver: subprocess.CompletedProcess[str]
     watcher: subprocess.CompletedProcess[str]
     on_terminal: str
@@ -96,6 +98,10 @@ def last_step(run: Run, attempt: int) -> int:
     return max((line["step"] for line in lines(run.metrics_file) if line["attempt"] == attempt), default=0)
 
 
+def saved(run: Run) -> bool:
+    return any(event["kind"] == "checkpoint" for event in lines(run.events_file))
+
+
 @contextlib.contextmanager
 def terminal(command: list[str]) -> Any:
     """`command` on a terminal of its own; yields its process and a list of what it showed."""
@@ -112,10 +118,13 @@ def terminal(command: list[str]) -> Any:
     os.close(theirs)
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    yield process, shown
-    process.wait(60)
-    reader.join(10)
-    os.close(ours)
+    try:
+        yield process, shown
+        process.wait(60)
+    finally:
+        process.kill()
+        reader.join(10)
+        os.close(ours)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +151,7 @@ def seen(command: list[str]) -> Seen:
     try:
         watcher = subprocess.Popen(watching, **pipes)
         with terminal(watching) as (on_terminal, shown):
-            until(lambda: last_step(run, 1) >= KILLED_AT, driver)
+            until(lambda: last_step(run, 1) >= KILLED_AT and saved(run), driver)
             scrapes = [scrape(port)]
             os.kill(attempts(run)[0]["workers"][1]["pid"], signal.SIGKILL)
             until(lambda: last_step(run, 2) >= STOPPED_AT, driver)
@@ -156,6 +165,8 @@ def seen(command: list[str]) -> Seen:
         hook.shutdown()
     return Seen(
         run,
+        run.result() or {},
+        json.loads(run.progress_file.read_text()),
         subprocess.CompletedProcess([], driver.returncode, out, err),
         subprocess.CompletedProcess([], watcher.returncode, *looked),
         b"".join(shown).decode(),
@@ -181,13 +192,12 @@ def test_watchers_see_what_the_driver_shows_and_end_with_it(seen):
 
 
 def test_no_step_is_counted_twice_by_who_watches_over_a_restart(seen):
-    """Steps rise, and fall once at most, to where the second attempt began."""
+    """Steps rise, and fall once at most, no further than to where the second attempt began."""
     steps = [int(step) for step in re.findall(r"seen: step (\d+)/", seen.watcher.stderr)]
-    final = json.loads(seen.run.progress_file.read_text())
-    result = seen.run.result()
-    assert final["state"] == "stopped" and final["step"] == result["steps"] == max(steps) == steps[-1] < STEPS
+    final = seen.progress
+    assert final["state"] == "stopped" and final["step"] == seen.result["steps"] == max(steps) == steps[-1] < STEPS
     falls = [after for before, after in itertools.pairwise(steps) if after < before]
-    assert falls in ([], [attempts(seen.run)[1]["step"]])
+    assert len(falls) <= 1 and all(step >= attempts(seen.run)[1]["step"] for step in falls)
 
 
 def test_prometheus_sees_the_run_go_on(seen):
@@ -198,8 +208,8 @@ def test_prometheus_sees_the_run_go_on(seen):
         assert scraped["manta_train_workers",] == 2 and scraped["manta_train_checkpoint_step",] % 10 == 0
         assert 0 < time.time() - scraped["manta_train_checkpoint_timestamp_seconds",] < 600
         step = scraped["manta_train_step",]
-        logged = {line["step"]: line for line in lines(seen.run.metrics_file) if "loss" in line}
-        near = [logged[each] for each in (step - 1, step, step + 1) if each in logged]
+        logged = [line for line in lines(seen.run.metrics_file) if "loss" in line]
+        near = [line for line in logged if abs(line["step"] - step) <= 1]
         for name in ("loss", "learning_rate", "grad_norm"):
             assert scraped[f"manta_train_{name}",] in [line[name] for line in near]
         assert scraped["manta_train_eval", "eval_loss"] > 0 and scraped["manta_train_tokens_per_second",] > 0
@@ -212,7 +222,7 @@ def test_the_hook_hears_of_the_restart_and_the_stop(seen):
     restarted, stopped = seen.told
     assert restarted["cause"] == "worker" and "the process of rank 1 died" in restarted["text"]
     assert restarted["step"] == attempts(seen.run)[1]["step"]
-    assert stopped["result"] == seen.run.result() and stopped["path"] == str(seen.run.path)
+    assert stopped["result"] == seen.result and stopped["path"] == str(seen.run.path)
     assert CANARY not in json.dumps(seen.told)
 
 
@@ -224,7 +234,7 @@ def test_the_terminal_is_quiet_and_the_logs_have_the_rest(seen):
     said = seen.driver.stderr.splitlines()
     assert [line for line in said if not line.startswith(("train: ", "prepare: ", "warning: boundary_split"))] == []
     events = [line for line in said if line.startswith("train: ") and not line.startswith("train: step ")]
-    assert len(events) == len(set(events)) == 3, events  # the setup, why the workers ended, where others went on
+    assert 3 <= len(events) == len(set(events)) <= 4, events  # the setup, why the workers ended, where others went on
     assert len(said) <= 40 and len(seen.driver.stdout.splitlines()) <= 12
     assert "A worker died" in (seen.run.logs / DRIVER_LOG).read_text()
     assert "'loss'" in (seen.run.logs / "worker-00000.log").read_text()
@@ -232,7 +242,7 @@ def test_the_terminal_is_quiet_and_the_logs_have_the_rest(seen):
 
 
 def test_verbose_shows_the_rest_and_a_hook_that_hangs_holds_up_nothing(seen, command):
-    stop = seen.run.result()["steps"] + 4
+    stop = seen.result["steps"] + 4
     more = ["--verbose", "--notify", "sleep 3600", "--stop_at_step", str(stop)]
     log = seen.run.logs / "worker-00000.log"
     before = log.stat().st_size
@@ -241,6 +251,6 @@ def test_verbose_shows_the_rest_and_a_hook_that_hangs_holds_up_nothing(seen, com
     assert seen.run.result()["steps"] == stop and seen.run.result()["status"] == "stopped"
     printed = done.stdout + done.stderr
     assert "(RayTrainWorker" in printed and "'loss'" in printed
-    assert "'loss'" in log.read_text()[before:]  # there as well
+    assert b"'loss'" in log.read_bytes()[before:]  # there as well
     assert done.stderr.count("--notify does not work: the command took longer than") == 1
     assert seen.run.result()["seconds"]["total"] > 0
