@@ -9,6 +9,10 @@ class ConfigError(UserError, ValueError):
     """A setting that is unknown, of the wrong type, out of range, or at odds with another."""
 
 
+class HeldError(UserError):
+    """A run that another driver has."""
+
+
 class TrainingError(Exception):
     """A run that started and did not finish. The command line prints the message alone and exits with 1."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from manta import manifest, storage
-from manta.errors import UserError
+from manta.errors import HeldError
 from manta.runs import Run
 
 NAME = "lease.json"
@@ -31,7 +31,7 @@ EXPIRES_S = 60.0
 
 
 class Lease:
-    """Held while in the `with` block. Raises UserError on entry if another driver has the run."""
+    """Held while in the `with` block. Raises HeldError on entry if another driver has the run."""
 
     def __init__(self, run: Run):
         self.folder = run.path
@@ -136,7 +136,7 @@ def is_held(folder: Path) -> bool:
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Raises UserError if a living driver has the run in `folder`."""
+    """Raises HeldError if a living driver has the run in `folder`."""
     _refuse_if_held(_file(folder))
 
 
@@ -144,7 +144,7 @@ def _refuse_if_held(file: Path) -> None:
     if _is_held(file):
         holder = manifest.read_json(file) or {}
         where = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
-        raise UserError(
+        raise HeldError(
             f"Another driver is training {file.parent}: {where}. Wait for it, or end it; --run_name gives this one a "
             "run of its own."
         )

@@ -249,7 +249,7 @@ class Display:
         self.console = console or Console(file=sys.stderr, highlight=False)
         self.title, self.status = title, status
         self.said: dict[str, str | None] = {}
-        self.next_plain = 0.0
+        self.next_plain, self.last_plain = 0.0, ""
         self.began = time.monotonic()
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -299,7 +299,10 @@ class Display:
             return
         self.next_plain = clock + min(max(_PLAIN_EVERY_S, (clock - self.began) / 20), _PLAIN_AT_LEAST_S)
         eta = f"  ETA {_clock(status.eta_s)}" if status.eta_s else ""
-        say(self.console, f"{self.title}: step {status.step}/{status.max_steps or '?'}  {line}{eta}")
+        line = f"step {status.step}/{status.max_steps or '?'}  {line}{eta}"
+        if line != self.last_plain:
+            self.note(line)
+        self.last_plain = line
 
     def _render(self) -> RenderableType:
         status = self.status

@@ -61,12 +61,11 @@ def captured(logs: Path, console: Console) -> Iterator[None]:
     console.file = console.file  # the stream of now, not the one that is put in its place
     here = storage.near(logs)
     here.mkdir(parents=True, exist_ok=True)
-    with (
-        (here / DRIVER_LOG).open("a", encoding="utf-8", buffering=1) as file,
-        redirect_stdout(file),
-        redirect_stderr(file),
-    ):
-        yield
-    if storage.is_remote(logs) and (here / DRIVER_LOG).stat().st_size:
-        with suppress(OSError):  # a log is no reason to fail
-            storage.upload(here, logs / socket.gethostname(), [DRIVER_LOG])
+    log = here / DRIVER_LOG
+    try:
+        with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+            yield
+    finally:
+        if storage.is_remote(logs) and log.stat().st_size:
+            with suppress(OSError):  # a log is no reason to fail
+                storage.upload(here, logs / socket.gethostname(), [DRIVER_LOG])

@@ -14,7 +14,7 @@ from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
 from manta.data.prepare import Prepared
-from manta.errors import ConfigError, InterruptedRunError, TrainingError
+from manta.errors import ConfigError, HeldError, InterruptedRunError, TrainingError
 from manta.gauges import served
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
@@ -48,6 +48,8 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
     with served(status, config.metrics_host, config.metrics_port), notifier:
         try:
             result = _train(config, run, status, notifier, phases, console, title)
+        except HeldError:  # the run itself goes on
+            raise
         except BaseException as error:
             status.state = FAILED
             notifier.failed(error)

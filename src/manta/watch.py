@@ -1,4 +1,4 @@
-"""A run seen from elsewhere: the display of `manta train`, from the run's files alone. Reads only."""
+"""A run seen from elsewhere: the display of `manta train`, from the run's files alone."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _follow(run: Run, display: Display) -> None:
             problem = error
         else:
             problem = None
-            if display.status.time != before.time:
-                display.show(now=display.status.eval_loss != before.eval_loss)
+            if display.status.time != before.time or not held:
+                display.show(now=display.status.eval_loss != before.eval_loss or not held)
         if held:
             time.sleep(LOOK_S[storage.is_remote(run.path)])
 

@@ -153,6 +153,9 @@ ELSEWHERE = {
     "logging_dir": "elsewhere",
     "report_to": "wandb",
     "use_wandb": True,
+    "notify": "env:WEBHOOK",
+    "metrics_port": 9464,
+    "metrics_host": "0.0.0.0",
     "bad_rows_limit": 0.5,
     "lint": LintConfig(duplicates="off"),
 }

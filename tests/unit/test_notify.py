@@ -202,3 +202,20 @@ def test_what_cannot_work_is_said_before_anything_starts(target, message, tmp_pa
 def test_what_means_nothing_is_refused(target):
     with pytest.raises(ConfigError, match="notify"):
         Config.from_dict({"notify": target})
+
+
+def test_a_driver_that_fails_before_training_tells_and_one_that_is_refused_does_not(tmp_path):
+    """The run that another driver has goes on."""
+    from manta.lease import Lease
+    from manta.runs import Run
+    from manta.train import train
+
+    with server() as (url, got):
+        settings = {"hf_model_id": str(tmp_path), "results_dir": str(tmp_path), "run_name": "a-run", "notify": url}
+        with Lease(Run(tmp_path / "a-run")), pytest.raises(UserError, match="Another driver"):
+            train(Config.from_dict(settings))
+        assert got == []
+        with pytest.raises(UserError) as refused:
+            train(Config.from_dict(settings))
+    assert [body["event"] for _, body in got] == ["failed"] and str(refused.value) in got[0][1]["text"]
+    assert got[0][1]["state"] == "failed" and got[0][1]["step"] == 0
