@@ -139,7 +139,7 @@ class _Planned:
         base = sum(each.numel() for each in self.bare.parameters())
         trainable = sum(each.numel() for each in network.parameters() if each.requires_grad)
         parts = asdict(self.memory) if self.memory else {}
-        held = self.expected() - self.framework - self.memory.step if self.memory else 0
+        runtime = self.expected() - self.framework - self.memory.step if self.memory else 0
         return {
             "model": self.config.hf_model_id,
             "parameters": base,
@@ -157,7 +157,7 @@ class _Planned:
             "memory": {
                 "framework": self.framework,
                 **parts,
-                "allocator": held,
+                "runtime": runtime,
                 "spare": self.spare,
                 "total": self.total,
             },

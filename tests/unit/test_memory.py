@@ -22,7 +22,7 @@ from tiny import tiny_model
 
 LENGTH = 96
 HERE = Placement(torch.device("cpu"))
-NOTHING = Memory(*[0] * 9)
+NOTHING = Memory(*[0] * 10)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gpt2"])
