@@ -12,7 +12,7 @@ import ctypes
 _ALIGNMENT = 64  # c10/core/alignment.h
 # glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
 _LARGEST = 31 * 2**20
-_SMALLEST_HOLE = 1 << 10
+_SMALLEST_HOLE = 1 << 10  # what is smaller makes no difference
 
 
 class _Info(ctypes.Structure):
@@ -53,7 +53,8 @@ class Heap:
         if self._c is None or self._c.posix_memalign(ctypes.byref(place), _ALIGNMENT, max(1, size)) or not place.value:
             return None
         self._pieces.add(place.value)
-        self.most = max(self.most, self._size() - self._before)
+        if size >= _SMALLEST_HOLE:
+            self.most = max(self.most, self._size() - self._before)
         return place.value
 
     def give(self, piece: int | None) -> None:

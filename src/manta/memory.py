@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from manta import attention, checkpoint, model
-from manta.activations import ALL, Recomputed, recompute
+from manta.activations import Recomputed, recompute
 from manta.config import Config
 from manta.data.batches import Layout, most_tokens
 from manta.model import Placement
@@ -93,12 +93,19 @@ def choose(needs: Callable[[Recomputed], Memory | None], free: int) -> tuple[Rec
 
     `needs` is asked only as far as necessary.
     """
-    needed = None
-    for what in ALL:
-        needed = needs(what)
-        if needed is None or needed.beside_weights <= _SHARE * free:
-            break
-    return ("full" if needed is None else what), needed
+
+    def fits(needed: Memory) -> bool:
+        return needed.beside_weights <= _SHARE * free
+
+    everything = needs("none")
+    if everything is None:
+        return "full", None
+    if fits(everything):
+        return "none", everything
+    least = needs("full")
+    if least is not None and fits(least) and (some := needs("selective")) is not None and fits(some):
+        return "selective", some
+    return "full", least
 
 
 def largest(lengths: np.ndarray, batch: int, layout: Layout) -> Shape:
