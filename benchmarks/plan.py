@@ -12,6 +12,7 @@ to benchmarks/results/<date>-plan.{json,md}.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from report import about, publish, where
+from report import RESULTS, about, publish, where
 
 SEED = 0
 # hidden, layers, vocabulary, what is trained, precision, recomputed, layout, rows, length, accumulation, workers
@@ -140,12 +141,18 @@ def told(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small shapes, nothing written")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop then; the same call goes on, that day"
+    )
     options = parser.parse_args()
-    report = about("torch", "transformers", "peft", "accelerate")
+    report, began = about("torch", "transformers", "peft", "accelerate"), time.perf_counter()
+    kept = RESULTS / f"{report['date']}-plan.json"
+    report["shapes"] = json.loads(kept.read_text())["shapes"] if kept.exists() and not options.quick else []
+    done = [tuple(row["shape"]) for row in report["shapes"]]
     with tempfile.TemporaryDirectory(prefix="manta-plan-") as folder:
-        shapes = [SHAPES[index] for index in QUICK] if options.quick else SHAPES
-        report["shapes"] = []
-        for shape in shapes:
+        for shape in [SHAPES[index] for index in QUICK] if options.quick else SHAPES:
+            if shape in done or time.perf_counter() - began > options.seconds:
+                continue
             report["shapes"].append(compare(Path(folder), shape))
             latest = report["shapes"][-1]
             print(*shape, f"total {latest['total']:.2f}, net {latest['net']:.2f}", file=sys.stderr, flush=True)

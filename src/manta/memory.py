@@ -23,8 +23,8 @@ from manta.model import Placement
 from manta.simulation import Shape, simulate
 
 _SHARE = 0.7  # of what is free: allocators fragment, and a spare process wants some too
-# What allocators keep of what was freed, and what threads and kernels take, on a CPU: benchmarks/results/*-plan.md.
-HELD, RUNTIME = 1.0, 0
+# Threads, kernels' buffers and modules that are imported late, on a CPU: benchmarks/results/*-plan.md.
+RUNTIME = 52 * 2**20
 _CGROUP = Path("/sys/fs/cgroup")
 _ADAM = 8  # bytes of optimizer state per trained parameter where the optimizer cannot be tried
 
@@ -34,7 +34,8 @@ class Memory:
     """Bytes of one worker when most are in use, by what they are for; on CUDA, of its GPU.
 
     weights: this worker's part of the base. gathered: layers that FSDP makes whole for a moment, or DDP's buckets.
-    casts: half-precision copies of float32 weights. copies: a checkpoint that is being written, in host memory.
+    casts: half-precision copies of float32 weights. held: by a CPU's heap, of what was freed. copies: a checkpoint
+    that is being written, in host memory.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class Memory:
     activations: int
     logits: int
     casts: int
+    held: int
     copies: int
 
     @property
@@ -55,7 +57,7 @@ class Memory:
     @property
     def step(self) -> int:
         """The most of a step, without a checkpoint."""
-        return self.standing + self.gathered + self.gradients + self.activations + self.logits + self.casts
+        return self.standing + self.gathered + self.gradients + self.activations + self.logits + self.casts + self.held
 
     @property
     def total(self) -> int:
@@ -64,7 +66,7 @@ class Memory:
     @property
     def resident(self) -> int:
         """What the system will count for the most of a step, beside what the imports take."""
-        return int(self.step * HELD) + RUNTIME
+        return self.step + RUNTIME
 
     @property
     def beside_weights(self) -> int:
@@ -91,12 +93,19 @@ def choose(needs: Callable[[Recomputed], Memory | None], free: int) -> tuple[Rec
 
     `needs` is asked only as far as necessary.
     """
-    needed = None
-    for what in ALL:
-        needed = needs(what)
-        if needed is None or needed.beside_weights <= _SHARE * free:
-            break
-    return ("full" if needed is None else what), needed
+
+    def fits(needed: Memory) -> bool:
+        return needed.beside_weights <= _SHARE * free
+
+    everything = needs("none")
+    if everything is None:
+        return "full", None
+    if fits(everything):
+        return "none", everything
+    least = needs("full")
+    if least is not None and fits(least) and (some := needs("selective")) is not None and fits(some):
+        return "selective", some
+    return "full", least
 
 
 def largest(lengths: np.ndarray, batch: int, layout: Layout) -> Shape:
@@ -113,8 +122,8 @@ def estimate(config: Config, placement: Placement, shape: Shape, what: Recompute
     network = bare_network(config, placement, shape)
     recompute(network, what)
     standing = _standing(config, network, placement)
-    shards = _shards(config, placement)
-    if (step := simulate(network, placement, shape, accumulates(config, placement), shards)) is None:
+    shards, several = _shards(config, placement), accumulates(config, placement)
+    if (step := simulate(network, placement, shape, several, shards, optimizer_bytes(config))) is None:
         return None
     offloaded = config.fsdp_cpu_offload and placement.device.type != "cpu"
     return replace(
@@ -123,6 +132,7 @@ def estimate(config: Config, placement: Placement, shape: Shape, what: Recompute
         activations=step.activations,
         logits=step.logits,
         casts=step.casts,
+        held=step.held,
     )
 
 
@@ -182,6 +192,7 @@ def _standing(config: Config, network: Any, placement: Placement) -> Memory:
         activations=0,
         logits=0,
         casts=0,
+        held=0,
         copies=0 if cuda else int(trained * (4 + state)) * (2 if config.step_copies == "every" else 1),
     )
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from manta import accelerators, architecture, attention, cluster, memory, model, probe, runs, spares, storage, workload
@@ -94,8 +95,10 @@ class _Planned:
         self.attention = model.attention_of(config, place.device, bare)
         joined = self.attention == attention.DOCUMENTS or self.attention.startswith("flash")
         self.layout: Any = "joined" if joined else "packed" if config.packing else "padded"
-        lengths = work.lengths if work.source == "prepared" and not config.packing else [config.max_seq_length]
-        self.shape = memory.largest(_array(lengths), config.per_device_train_batch_size, self.layout)
+        batch = config.per_device_train_batch_size
+        known = work.source == "prepared" and not config.packing
+        lengths = work.lengths if known else np.full(batch, config.max_seq_length)
+        self.shape = memory.largest(lengths, batch, self.layout)
         self.needs: Callable[[Recomputed], Memory | None] = cache(
             lambda what: memory.estimate(config, self.placement, self.shape, what)
         )
@@ -105,10 +108,10 @@ class _Planned:
         asked = self.config.gradient_checkpointing
         if asked != "auto":
             return asked, "as asked", self.needs(asked)
-        smallest = self.needs("full")
-        if smallest is None:
+        some = self.needs("none")
+        if some is None:
             return "full", "its memory cannot be estimated", None
-        free = self.place.room - self.framework - smallest.weights - smallest.adapters
+        free = self.place.room - self.framework - some.weights - some.adapters
         chosen, needed = memory.choose(self.needs, free)
         assert needed is not None
         told = f"{needed.beside_weights / GIB:.1f} of {max(0, free) / GIB:.1f} GiB beside the weights"
@@ -139,7 +142,7 @@ class _Planned:
         base = sum(each.numel() for each in self.bare.parameters())
         trainable = sum(each.numel() for each in network.parameters() if each.requires_grad)
         parts = asdict(self.memory) if self.memory else {}
-        held = self.expected() - self.framework - self.memory.step if self.memory else 0
+        runtime = self.expected() - self.framework - self.memory.step if self.memory else 0
         return {
             "model": self.config.hf_model_id,
             "parameters": base,
@@ -157,7 +160,7 @@ class _Planned:
             "memory": {
                 "framework": self.framework,
                 **parts,
-                "allocator": held,
+                "runtime": runtime,
                 "spare": self.spare,
                 "total": self.total,
             },
@@ -188,12 +191,6 @@ class _Planned:
     def published_rate(self, mfu: float) -> float:
         flops = workload.flops_per_token(self.config, self.bare, self.work.seen, self.recomputed)
         return mfu * (self.place.flops or 0) * self.place.workers / flops
-
-
-def _array(lengths: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(lengths)
 
 
 def _here(config: Config, framework: int) -> Place:
@@ -299,7 +296,7 @@ def _remedies(mine: _Planned) -> list[dict[str, Any]]:
     if config.full_ft:
         changes.append(("--full_ft False (LoRA)", {"full_ft": False}, 1))
     elsewhere = "" if place.device == "cuda" else ", on nodes of their own"
-    changes += [(f"--num_workers {place.workers * more}{elsewhere}", {}, more) for more in (2, 4, 8)]
+    changes += [(f"--num_workers {place.workers * more}{elsewhere}", {}, more) for more in (2, 4)]
     found = []
     for told, update, more in changes:
         there = replace(place, workers=place.workers * more)

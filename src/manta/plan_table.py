@@ -19,7 +19,8 @@ PARTS = {
     "logits": "and their gradients, as if every token were trained",
     "casts": "half-precision copies of weights",
     "gathered": "layers that FSDP makes whole for a moment",
-    "allocator": "threads and kernels, and what was freed and is held",
+    "held": "what the heap keeps of what was freed",
+    "runtime": "threads, buffers of kernels",
     "spare": "a process that is started ahead of a restart",
     "copies": "a checkpoint that is being written",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from manta import model
 from manta.data.batches import Layout
+from manta.heap import Heap
 from manta.model import Placement
 
 Kind = Literal["activations", "logits", "casts", "gradients"]
@@ -44,36 +46,46 @@ class Step:
     logits: int
     casts: int
     gradients: int
-
-    @property
-    def bytes(self) -> int:
-        return self.activations + self.logits + self.casts + self.gradients
+    held: int  # what the heap of a CPU is larger than what is alive, in the second step and later
 
 
-def simulate(network: Any, placement: Placement, shape: Shape, accumulates: bool, shards: int = 1) -> Step | None:
+def simulate(
+    network: Any, placement: Placement, shape: Shape, accumulates: bool, shards: int = 1, state: float = 8
+) -> Step | None:
     """Forward and backward of `network`, which is on torch's meta device, as the trainer runs them.
 
     `accumulates`: gradients of earlier micro-batches are there when it begins. `shards`: over how many workers FSDP
-    divides what is trained of the base. As if every token were trained. None for a model that cannot run without
-    storage, such as a mixture of experts, whose routing reads values.
+    divides what is trained of the base. `state`: bytes of the optimizer per trained parameter. As if every token were
+    trained. None for a model that cannot run without storage, such as a mixture of experts, whose routing reads values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     edges = torch.tensor([0, shape.tokens], dtype=torch.int32)  # has values: attention reads them
+    heap = Heap() if placement.device.type == "cpu" else None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             network.to_empty(device="cpu")  # the devices differ in attention, which saves as much on both
             network.tie_weights()
-            alive = _Alive(network, shape)
-            for name, parameter in network.named_parameters():
-                if parameter.requires_grad:
-                    divided = 1 if model.is_adapter(name) else shards
-                    alive.follow_gradient(parameter, divided, accumulates)
+            alive = _Alive(network, shape, heap)
+            trained = [(name, each) for name, each in network.named_parameters() if each.requires_grad]
+            sizes = {each: 4 * each.numel() / (1 if model.is_adapter(name) else shards) for name, each in trained}
+            alive.follow_gradients(sizes, accumulates)
             with alive:
                 _step(network, placement, shape, edges)
+                standing = 0.0
+                if heap:  # the optimizer's state lies between what comes and goes, and holes stay
+                    standing = sum(sizes.values()) * state / 4
+                    for size in sizes.values():
+                        heap.take(int(size * state / 4))
+                    alive.end_step(accumulates)
+                    _step(network, placement, shape, edges)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    return Step(**{kind: int(alive.at_peak[kind]) for kind in KINDS})
+    finally:
+        if heap:
+            heap.close()
+    held = max(0, heap.most - alive.most - standing) if heap and heap.most else 0
+    return Step(**{kind: int(alive.at_peak[kind]) for kind in KINDS}, held=int(held))
 
 
 def _step(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor) -> None:
@@ -98,11 +110,13 @@ def _step(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor)
 class _Alive(TorchDispatchMode):
     """Bytes of living storages by kind, now and when they were most."""
 
-    def __init__(self, network: Any, shape: Shape):
+    def __init__(self, network: Any, shape: Shape, heap: Heap | None):
         super().__init__()
         self.now: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
         self.at_peak = self.now.copy()
         self.most = 0.0
+        self.heap = heap
+        self._gradients: list[tuple[float, int | None]] = []
         self._living: dict[int, Any] = {}
         self._own = {each.untyped_storage()._cdata for each in (*network.parameters(), *network.buffers())}
         self._logits = shape.tokens * network.get_output_embeddings().weight.shape[0]
@@ -126,25 +140,40 @@ class _Alive(TorchDispatchMode):
             kind = "casts"
         size = storage.nbytes()
 
+        piece = self.heap.take(size) if self.heap else None
+
         def end(_: Any) -> None:
             del self._living[address]
             self.now[kind] -= size
+            if self.heap:
+                self.heap.give(piece)
 
         self._living[address] = weakref.ref(storage, end)
         self._add(kind, size)
 
-    def follow_gradient(self, parameter: torch.Tensor, shards: int, accumulates: bool) -> None:
-        """Its gradient, float32, stays as this worker's shard: from the beginning, or as soon as it is whole."""
-        size = parameter.numel() * 4 / shards
-        if accumulates:
-            self._add("gradients", size)
+    def follow_gradients(self, sizes: dict[torch.Tensor, float], accumulates: bool) -> None:
+        """They stay, float32, as this worker's shards: from the beginning, or each as soon as it is whole."""
+        for parameter, size in sizes.items():
+            if accumulates:
+                self._keep_gradient(size)
+            parameter.register_post_accumulate_grad_hook(partial(self._reduce, size, accumulates))
 
-        def done(parameter: torch.Tensor) -> None:
-            parameter.grad = None
-            if not accumulates:
-                self._add("gradients", size)
+    def end_step(self, accumulates: bool) -> None:
+        """Without gradients, unless the step had several micro-batches, which is what then counts."""
+        for size, piece in self._gradients if not accumulates else []:
+            self.now["gradients"] -= size
+            if self.heap:
+                self.heap.give(piece)
+        self._gradients = []
 
-        parameter.register_post_accumulate_grad_hook(done)
+    def _reduce(self, size: float, accumulates: bool, parameter: torch.Tensor) -> None:
+        parameter.grad = None
+        if not accumulates:
+            self._keep_gradient(size)
+
+    def _keep_gradient(self, size: float) -> None:
+        self._gradients.append((size, self.heap.take(int(size)) if self.heap else None))
+        self._add("gradients", size)
 
     def _add(self, kind: Kind, size: float) -> None:
         self.now[kind] += size

@@ -104,8 +104,9 @@ def _train(
     model.assert_sharded(network, config, placement)
     layout = model.settle_layout(network, config, placement)
     divided = _divided(config, verdict["split"])
-    lengths = np.array([config.max_seq_length]) if config.packing else prepared.lengths("training")[0]
-    largest = memory.largest(lengths, divided.per_device_train_batch_size, layout)
+    batch = divided.per_device_train_batch_size
+    lengths = np.full(batch, config.max_seq_length) if config.packing else prepared.lengths("training")[0]
+    largest = memory.largest(lengths, batch, layout)
     recomputed = memory.settle(divided, placement, largest)
     activations.recompute(network, recomputed[0])
     _tell(mailbox, rank, network, placement, layout, recomputed)

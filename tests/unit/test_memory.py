@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,14 +16,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from manta import activations, architecture, attention, memory, model
 from manta.config import Config
+from manta.heap import Heap
 from manta.memory import Memory
 from manta.model import Placement
+from manta.probe import resident
 from manta.simulation import Shape
 from tiny import tiny_model
 
 LENGTH = 96
 HERE = Placement(torch.device("cpu"))
-NOTHING = Memory(*[0] * 9)
+NOTHING = Memory(*[0] * 10)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gpt2"])
@@ -134,7 +137,9 @@ def test_as_little_as_memory_allows_is_computed_again(folder, monkeypatch):
     assert memory.settle(asked, HERE, Shape(1, LENGTH)) == ("selective", "as asked")
 
 
-@pytest.mark.parametrize(("free", "wanted", "estimates"), [(200, "none", 1), (100, "selective", 2), (1, "full", 3)])
+@pytest.mark.parametrize(
+    ("free", "wanted", "estimates"), [(200, "none", 1), (100, "selective", 3), (40, "full", 3), (1, "full", 2)]
+)
 def test_no_more_is_estimated_than_is_needed_to_choose(free, wanted, estimates):
     sizes, asked = {"none": 100, "selective": 60, "full": 20}, []
 
@@ -143,6 +148,27 @@ def test_no_more_is_estimated_than_is_needed_to_choose(free, wanted, estimates):
         return Memory(**{**NOTHING.__dict__, "activations": sizes[what]})
 
     assert memory.choose(needs, free)[0] == wanted and len(asked) == estimates
+
+
+def test_the_largest_micro_batch_is_as_it_is_laid_out():
+    lengths = np.array([5, 9, 7, 2])
+    assert memory.largest(lengths, 2, "joined") == Shape(1, 16, "joined")
+    assert memory.largest(lengths, 2, "padded") == Shape(2, 9, "padded")
+
+
+def test_a_heap_holds_at_least_what_is_alive_and_gives_it_back():
+    heap = Heap()
+    pieces = [heap.take(3 << 20) for _ in range(8)]
+    if heap.most == 0:
+        pytest.skip("the C library is not glibc")
+    assert 24 << 20 <= heap.most < 28 << 20
+    before = resident()
+    for piece in pieces[::2]:
+        heap.give(piece)
+    heap.take(5 << 20)  # fits into no hole
+    assert heap.most >= 28 << 20
+    assert resident() - before < 1 << 20  # addresses, and no memory
+    heap.close()
 
 
 def test_a_model_that_reads_values_is_not_estimated(tmp_path):

@@ -1,0 +1,84 @@
+"""What the C library's heap holds while tensors come and go: more than is alive, since what is freed leaves holes.
+
+Asked of the heap itself: each piece is allocated as torch does on a CPU and never written to, so that it takes
+addresses and no memory, and glibc says how large its heap is (mallinfo(3)). Where there is no glibc, nothing is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+_ALIGNMENT = 64  # c10/core/alignment.h
+# glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
+_LARGEST = 31 * 2**20
+_SMALLEST_HOLE = 1 << 10  # what is smaller makes no difference
+
+
+class _Info(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+class Heap:
+    """Pieces of this process's heap, whose holes are filled first, as if the process were new.
+
+    `most` is the most bytes that it grew by; 0 where that is not known.
+    """
+
+    def __init__(self) -> None:
+        self.most = self._before = 0
+        self._pieces: set[int] = set()
+        self._c: ctypes.CDLL | None = None
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallinfo2.restype = _Info
+            library.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+            library.free.argtypes = [ctypes.c_void_p]
+            self._c = library
+            self.give(self.take(_LARGEST))
+            self._fill()
+        self._before, self.most = self._size(), 0
+
+    def take(self, size: int) -> int | None:
+        """A piece of `size` bytes; None where there are none to be had."""
+        place = ctypes.c_void_p()
+        if self._c is None or self._c.posix_memalign(ctypes.byref(place), _ALIGNMENT, max(1, size)) or not place.value:
+            return None
+        self._pieces.add(place.value)
+        if size >= _SMALLEST_HOLE:
+            self.most = max(self.most, self._size() - self._before)
+        return place.value
+
+    def give(self, piece: int | None) -> None:
+        """Free it."""
+        if piece in self._pieces and self._c is not None:
+            self._pieces.discard(piece)
+            self._c.free(piece)
+
+    def close(self) -> None:
+        """Free all that is left."""
+        for piece in list(self._pieces):
+            self.give(piece)
+
+    def _fill(self) -> None:
+        size = _LARGEST
+        while size >= _SMALLEST_HOLE:
+            before = self._size()
+            piece = self.take(size)
+            if piece is None or self._size() > before:
+                self.give(piece)
+                size //= 2
+
+    def _size(self) -> int:
+        if self._c is None:
+            return 0
+        info = self._c.mallinfo2()
+        return info.arena + info.hblkhd
