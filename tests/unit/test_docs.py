@@ -13,11 +13,11 @@ import click
 import pytest
 
 from documents import DOCUMENTS, ROOT, Command, commands, inline
+from manta import preparation
 from manta.cli import config_from_flags, main
 from manta.config import Config, HFDatasetConfig
 from manta.dataset_config import LintConfig
 from manta.launch.config import SECTIONS, LaunchConfig
-from manta.preparation import prepared_by
 from tiny import tiny_model
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -93,46 +93,51 @@ def test_benchmarks_that_a_text_names_are_there():
     assert len(named) >= 5 and [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES])
-def test_each_recipe_prepares_data(name, tmp_path):
-    """Of the kind that its comment names, at its own length and packing; without a network."""
-    dolly = {"instruction": "What is the capital of Peru?", "response": "Lima."}
-    rows = {
-        "chat": {"messages": [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima."}]},
-        "cpt": {"text": "The capital of Peru is Lima."},
-        **dict.fromkeys(("gpu", "multi-node", "launch"), dolly),
-    }.get(name, {"question": "What is the capital of Peru?", "answer": "Lima."})
-    data = tmp_path / "rows.jsonl"
-    data.write_text(
-        "".join(json.dumps({key: _numbered(value, n) for key, value in rows.items()}) + "\n" for n in range(120))
-    )
+QUESTION = {"question": "What is the capital of Peru?", "answer": "Lima."}
+DOLLY = {"instruction": "What is the capital of Peru?", "response": "Lima."}
+ALPACA = {"instruction": "What is the capital of Peru?", "output": "Lima."}
+CHAT = {"messages": [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima."}]}
+TEXT = {"text": "The capital of Peru is Lima."}
+ROWS = {"chat": CHAT, "cpt": TEXT, "gpu": DOLLY, "multi-node": DOLLY, "launch": DOLLY}
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_prepares_data_of_its_kind(recipe, tmp_path, monkeypatch):
+    """At its own length, packing and weights; without a network, and in this process."""
+    monkeypatch.setattr(preparation, "SHARDS_HERE", 9)
     template = tmp_path / "chat.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}"
-        "{% endgeneration %}{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}A: {% endif %}"
-    )
-    parts = Config.load(ROOT / "recipes" / f"{name}.yaml").hf_dataset_config.mixture
-    mixture = [{**part, "dataset_name": str(data), "format": "auto"} for part in parts]
+    template.write_text(TEMPLATE)
+    data = {"dataset_name": _written(tmp_path / "rows.jsonl", ROWS.get(recipe.stem, QUESTION))}
+    parts = []
+    for number, part in enumerate(Config.load(recipe).hf_dataset_config.mixture):
+        row = CHAT if part.get("format") == "messages" else ALPACA if part.get("chat") else QUESTION
+        parts.append({**part, "dataset_name": _written(tmp_path / f"{number}.jsonl", row)})
     config = Config.load(
-        ROOT / "recipes" / f"{name}.yaml",
+        recipe,
         {
             "hf_model_id": tiny_model(tmp_path / "base"),
             "data_dir": str(tmp_path / "prepared"),
             "results_dir": str(tmp_path / "results"),
-            "chat_template": str(template) if name == "chat" else None,
-            "hf_dataset_config": {"dataset_name": str(data), "mixture": mixture},
+            "chat_template": str(template) if "chat" in recipe.read_text() else None,
+            "hf_dataset_config": {**data, "mixture": parts},
         },
     )
-    counts = prepared_by(config).counts
+    counts = preparation.prepared_by(config).counts
     assert counts["training"]["tokens"] > 0 and counts["quarantined"] == 0
     assert counts["validation"]["rows"] > 0
 
 
-def _numbered(value, number):
-    if isinstance(value, list):
-        return [{**message, "content": f"{number} {message['content']}"} for message in value]
-    return f"{number} {value}"
+def _written(path: Path, row: dict) -> str:
+    """A file of 120 rows like this one, told apart by a number."""
+    text = json.dumps(row).replace("Peru", "Peru, asked {number} times").replace("{", "{{").replace("}", "}}")
+    text = text.replace("{{number}}", "{number}")
+    path.write_text("".join(text.format(number=number) + "\n" for number in range(120)))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
