@@ -28,7 +28,7 @@ def figures(it: Record) -> dict[str, str]:
         f"best {it.metric}": _best(it),
         "training loss": number(next(reversed(it.series("loss").values()), None)),
         "epochs": number(it.result.get("epoch") or next(reversed(it.series("epoch").values()), None)),
-        "tokens trained on": _count(it.result.get("tokens")),
+        "tokens computed": _count(it.result.get("tokens")),
         "tokens/s": _count(it.tokens_per_second),
         "wall time": duration(it.wall_s),
         "workers": " → ".join(str(attempt.workers) for attempt in it.attempts[-8:]),
@@ -62,15 +62,17 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-def phases(seconds: dict[str, float]) -> list[tuple[str, float]]:
-    """What passed before the first step, in order, then the rest; seconds of the run's last start."""
+def until_first_step(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    """What passed before the first step was done, in order, of result.json's `seconds`: those of the last start."""
     parts = [name for name in ("start_workers", "imports", "model", "first_step") if name in seconds]
-    before = [name for name in ("check", "ray", "prepare") if name in seconds]
-    known = [*before, *(parts or [name for name in ("until_first_step",) if name in seconds])]
-    found = [(_PHASES[name], float(seconds[name])) for name in known]
-    if "fit" in seconds and "until_first_step" in seconds:
-        found.append((_PHASES["fit"], max(0.0, seconds["fit"] - seconds["until_first_step"])))
-    return found
+    names = ["check", "ray", "prepare", *(parts or ["until_first_step"])]
+    return [(_PHASES[name], float(seconds[name])) for name in names if name in seconds]
+
+
+def after_first_step(seconds: dict[str, float]) -> float | None:
+    """Seconds of all other steps, evaluations and saves."""
+    known = "fit" in seconds and "until_first_step" in seconds
+    return max(0.0, seconds["fit"] - seconds["until_first_step"]) if known else None
 
 
 _PHASES = {
@@ -82,7 +84,6 @@ _PHASES = {
     "model": "model loaded and sharded",
     "first_step": "first step",
     "until_first_step": "workers started, model loaded, first step",
-    "fit": "the other steps, evaluation, saves",
 }
 
 
