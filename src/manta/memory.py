@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from manta import architecture, attention, checkpoint, model
-from manta.activations import ALL, Recomputed, recompute
+from manta.activations import Recomputed, recompute
 from manta.config import Config
 from manta.data.batches import Layout, most_tokens
 from manta.model import Placement

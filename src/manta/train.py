@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, extras, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
+from manta import cluster, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -64,10 +64,10 @@ def _train(
     with phases("check"):
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
-        extras.check(config)
         with imports.quickly():
-            from manta import architecture
+            from manta import architecture, extras
 
+            extras.check(config)
             architecture.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from manta import accelerators, memory, model, workload
+from manta import accelerators, architecture, memory, workload
 from manta.cli import main
 from manta.config import Config
 from manta.errors import ConfigError
@@ -134,7 +134,7 @@ def test_accelerators_are_compared_by_their_published_figures(folder):
 
 def test_operations_of_a_token_follow_the_model(folder):
     config = small_config(folder, full_ft=True)
-    bare = model.skeleton(config)
+    bare = architecture.skeleton(config)
     text = bare.config
     matrices = sum(each.numel() for each in bare.parameters() if each.ndim == 2)  # tied: the table is the output, too
     attention = text.num_hidden_layers * text.hidden_size * 96
