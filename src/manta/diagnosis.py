@@ -81,6 +81,8 @@ def explain(error: BaseException) -> str | None:
 
 def unloadable(name: str, error: BaseException, kind: str = "model", flag: str = "--hf_model_id") -> str:
     """Why `name`, a folder here or a model or dataset of the hub, could not be had, and what to do about it."""
+    if "custom code" in str(error):
+        return "it comes with Python code of its own. Read its *.py files; if you trust them: --trust_remote_code"
     if Path(name).expanduser().is_dir():
         return f"{first_line(error)}. Check {flag}"
     if _is_path(name):

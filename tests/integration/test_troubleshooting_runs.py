@@ -94,14 +94,14 @@ def test_more_workers_than_there_is_room_for(ray_cluster, folder):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_disk_that_is_full_for_the_tasks_of_ray(ray_cluster, folder, tmp_path):
+def test_a_disk_that_is_full_for_the_tasks_of_ray(ray_cluster, tmp_path):
     """So many rows are prepared by tasks, in other processes."""
     write_rows(tmp_path / "rows.jsonl", 9000)
     with small_disk(tmp_path / "disk", "1m") as disk:
         with (disk / "filler").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize)
         settings = {"data": {"dataset_name": str(tmp_path / "rows.jsonl")}, "data_dir": str(disk / "prepared")}
-        config = small_config(tmp_path, hf_model_id=str(folder / "base"), **settings)
+        config = small_config(tmp_path, **settings)
         (tmp_path / "full.yaml").write_text(config.dump())
         done = CliRunner().invoke(main, ["prepare", "--config", str(tmp_path / "full.yaml")])
     check("The disk is full", done.stderr, done.exit_code)
