@@ -253,7 +253,7 @@ def runs_show(run: str) -> None:
 
 @runs.command("watch")
 @click.argument("run")
-@click.option("--wait", is_flag=True, help="Wait for a run that has not begun")
+@click.option("--wait", is_flag=True, help="Wait for a run that has not begun, or not gone on")
 def runs_watch(run: str, wait: bool) -> None:
     """Follow a run from another terminal or host; ends with it, and with its exit code. Ctrl-C leaves it running.
 

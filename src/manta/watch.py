@@ -10,7 +10,7 @@ from rich.console import Console
 from manta import lease, manifest, storage
 from manta.errors import TrainingError, UserError
 from manta.jsonl import NewLines
-from manta.outcome import FAILED, exit_code, why_failed
+from manta.outcome import FAILED, FINISHED, exit_code, why_failed
 from manta.progress import LOOK_S, Display
 from manta.report import print_summary
 from manta.runs import Run
@@ -20,9 +20,12 @@ DETACHED = 130  # as a shell has it for Ctrl-C
 
 
 def find(name: str, wait: bool = False) -> Run:
-    """The run in the folder `name`, once it is there if we `wait`. Raises UserError if it is not."""
+    """The run in the folder `name`; if we `wait`, once a driver has it, or at once if it has finished.
+
+    Raises UserError if there is none.
+    """
     run = Run(storage.place(name))
-    while not run.config_file.is_file():
+    while not (run.config_file.is_file() and (not wait or lease.is_held(run.path) or _has_finished(run))):
         if not wait:
             others = sorted(file.parent.name for file in run.path.parent.glob("*/config.yaml"))
             there = f" Runs in {run.path.parent}: {', '.join(others)}." if others else ""
@@ -78,6 +81,10 @@ def _follow(run: Run, display: Display) -> None:
                 display.show(now=display.status.eval_loss != before.eval_loss or not held)
         if held:
             time.sleep(LOOK_S[storage.is_remote(run.path)])
+
+
+def _has_finished(run: Run) -> bool:
+    return (run.result() or {}).get("status") == FINISHED
 
 
 def _status(run: Run) -> Status:

@@ -112,6 +112,19 @@ def test_it_follows_a_run_from_its_first_sign_to_its_end(run):
     assert watcher.returncode == 0 and "finished" in out and "earlier driver" not in err
 
 
+def test_waiting_is_for_a_run_that_goes_on_and_not_for_one_that_has_finished(run):
+    end(run)
+    assert watch(run, "--wait")[0] == 0
+    end(run, status="stopped", asked_to_stop=True)
+    watcher = started(run.path, "--wait")
+    time.sleep(2)
+    assert watcher.poll() is None
+    with Lease(run):
+        wait_for_line(watcher, "starting workers")
+        end(run)
+    assert "finished" in watcher.communicate(timeout=60)[0] and watcher.returncode == 0
+
+
 def test_ctrl_c_leaves_the_run_as_it_was(run):
     with Lease(run):
         before = {path: path.read_bytes() for path in run.path.iterdir()}
