@@ -32,6 +32,9 @@ SHAPES: list[tuple[int, int, int, str, str, str, str, int, int, int, int]] = [
     (256, 2, 50_000, "lora", "bfloat16", "none", "joined", 2, 512, 1, 1),
     (256, 8, 32_000, "full", "float32", "full", "padded", 4, 256, 2, 1),
     (256, 12, 1_000, "lora", "float32", "selective", "joined", 2, 1024, 1, 1),
+    (512, 6, 32_000, "full", "float32", "none", "joined", 2, 512, 1, 2),
+    (512, 6, 32_000, "full", "bfloat16", "none", "joined", 2, 512, 1, 2),
+    (512, 6, 32_000, "lora", "bfloat16", "none", "padded", 2, 256, 1, 2),
     (512, 6, 32_000, "full", "float32", "none", "joined", 2, 512, 1, 1),
     (512, 6, 32_000, "full", "bfloat16", "none", "joined", 2, 512, 1, 1),
     (512, 6, 32_000, "lora", "float32", "none", "padded", 4, 256, 1, 1),
@@ -44,9 +47,6 @@ SHAPES: list[tuple[int, int, int, str, str, str, str, int, int, int, int]] = [
     (1024, 12, 32_000, "lora", "bfloat16", "none", "joined", 1, 512, 1, 1),
     (1024, 8, 50_000, "full", "float32", "full", "joined", 1, 256, 1, 1),
     (1024, 8, 50_000, "full", "bfloat16", "none", "joined", 1, 256, 1, 1),
-    (512, 6, 32_000, "full", "float32", "none", "joined", 2, 512, 1, 2),
-    (512, 6, 32_000, "full", "bfloat16", "none", "joined", 2, 512, 1, 2),
-    (512, 6, 32_000, "lora", "bfloat16", "none", "padded", 2, 256, 1, 2),
 ]
 QUICK = (0, 2)
 LIMIT = 0.15

@@ -55,12 +55,13 @@ def find(names: str) -> dict[str, Accelerator]:
 def of_device(name: str, memory: int) -> Accelerator | None:
     """The one that CUDA or Ray calls `name`, such as `NVIDIA A100-SXM4-80GB` or `H100`, with `memory` bytes."""
     plain = name.upper().replace(" ", "-")
-    fits = [
-        known
-        for known in ACCELERATORS
-        if known.upper().removesuffix("-80G").removesuffix("-40G").removesuffix("-PCIE") in plain.split("-")
-        or known.upper() in plain
-    ]
+    words, gib = set(plain.split("-")), memory / 2**30
+
+    def parts(known: str) -> list[str]:
+        return [part for part in known.upper().split("-") if part not in ("80G", "40G")]
+
+    fits = [known for known in ACCELERATORS if words.issuperset(parts(known))]
     if not fits:
         return None
-    return ACCELERATORS[min(fits, key=lambda known: (abs(ACCELERATORS[known].memory - memory / 2**30), known != name))]
+    best = min(fits, key=lambda each: (each.upper() != plain, -len(parts(each)), abs(ACCELERATORS[each].memory - gib)))
+    return ACCELERATORS[best]

@@ -20,7 +20,7 @@ from manta.activations import Recomputed, recompute
 from manta.config import Config
 from manta.data.batches import Layout, most_tokens
 from manta.model import Placement
-from manta.simulation import Shape, simulate
+from manta.simulation import LARGE, Shape, simulate
 
 _SHARE = 0.7  # of what is free: allocators fragment, and a spare process wants some too
 # Threads, kernels' buffers and modules that are imported late, on a CPU: benchmarks/results/*-plan.md.
@@ -214,12 +214,26 @@ def _gathered(config: Config, network: Any, placement: Placement, shards: int, b
             root += each.numel()
         else:
             sizes[unit] += each.numel()
+    whole = [root, *sizes.values()]
+    half = placement.dtype.itemsize
+    if placement.device.type == "cpu":
+        return _copied(whole, half, 4) + (_copied(whole, 4, 2) if config.full_ft else 0)
     largest = max(sizes.values(), default=0)
     layers = sum(sizes.values()) if config.sharding_strategy == "SHARD_GRAD_OP" else 2 * largest
-    gathered = (root + layers) * placement.dtype.itemsize
+    gathered = (root + layers) * half
     if config.full_ft:  # a unit's gradients, and the float32 buffer that is reduced
-        gathered += max(root, largest) * (placement.dtype.itemsize + 4)
+        gathered += max(root, largest) * (half + 4)
     return gathered
+
+
+def _copied(units: list[int], width: int, copies: int) -> int:
+    """What gloo's collectives take on a CPU: `copies` of a unit in `width` bytes, in threads with heaps of their own.
+
+    Units under LARGE stay in these heaps, one beside the other; of larger ones the two largest are there at once. The
+    number of copies is measured: benchmarks/results/*-plan.md.
+    """
+    sizes = sorted(unit * width for unit in units)
+    return copies * (sum(size for size in sizes if size < LARGE) + sum([size for size in sizes if size >= LARGE][-2:]))
 
 
 def optimizer_bytes(config: Config) -> float:

@@ -23,6 +23,8 @@ from manta.heap import Heap
 from manta.model import Placement
 
 Kind = Literal["activations", "logits", "casts", "gradients"]
+# From this size on the C library gives memory back when it is freed (glibc's M_MMAP_THRESHOLD at most: mallopt(3)).
+LARGE = 32 * 2**20
 KINDS: tuple[Kind, ...] = ("activations", "logits", "casts", "gradients")
 
 

@@ -21,7 +21,11 @@ import plan as bench  # noqa: E402
 pytestmark = pytest.mark.slow
 
 # Full with DDP's buckets and much logits; half precision with a part computed again; two workers with FSDP.
-CHECKED = [(256, 2, 32_000, "full", "float32", "none", "padded", 4, 128, 1, 1), bench.SHAPES[2], bench.SHAPES[20]]
+CHECKED = [
+    (256, 2, 32_000, "full", "float32", "none", "padded", 4, 128, 1, 1),
+    (128, 4, 8_000, "full", "bfloat16", "selective", "joined", 4, 256, 1, 1),
+    (256, 4, 16_000, "lora", "bfloat16", "none", "padded", 2, 256, 1, 2),
+]
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,8 @@ def test_a_device_is_known_by_what_cuda_and_ray_call_it():
     assert name("NVIDIA A100-SXM4-80GB", 79.2) == "A100-80G"
     assert name("NVIDIA A10G", 22.5) == "A10G" and name("NVIDIA L4", 22.0) == "L4"
     assert name("NVIDIA L40S", 44.5) == "L40S" and name("Tesla T4", 15) is None
+    assert name("NVIDIA H100 PCIe", 79.6) == "H100-PCIe" and name("NVIDIA GeForce RTX 4090", 23.5) == "RTX-4090"
+    assert name("A100-80G", 0) == "A100-80G"  # Ray says no memory
     with pytest.raises(ConfigError, match="Did you mean A100-80G"):
         accelerators.find("A100-80")
 
