@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import sys
 import warnings
 from typing import Any
@@ -18,8 +19,11 @@ def inside() -> bool:
 def console(quiet: bool = False) -> Console:
     """Where a stage says what it does: standard error, or in a notebook the cell's output, as plain lines."""
     if inside():
-        warnings.filterwarnings("ignore", message="IProgress not found")  # of libraries; nothing here needs widgets
-        return Console(file=sys.stdout, force_jupyter=False, highlight=False, quiet=quiet)
+        # Libraries miss widgets, which nothing here needs.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        logging.getLogger("ray.widgets").setLevel(logging.ERROR)
+        # A kernel says of its output (FORCE_COLOR) that it is a terminal; a live display would fill the cell.
+        return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, highlight=False, quiet=quiet)
     return Console(stderr=True, highlight=False, quiet=quiet)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ def load(base: str, trained: Path, dtype: torch.dtype, trust_remote_code: bool) 
     from transformers import AutoModelForCausalLM
 
     lora = adapter.is_adapter(trained)
-    model = AutoModelForCausalLM.from_pretrained(
-        base if lora else trained, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    with warnings.catch_warnings():  # shards of several workers are read by one process, which is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        model = AutoModelForCausalLM.from_pretrained(
+            base if lora else trained, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     return PeftModel.from_pretrained(model, str(trained)) if lora else model
 
 
