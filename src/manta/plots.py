@@ -150,6 +150,7 @@ def as_svg(figure: Any, title: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     for color, variable in _COLORS.items():
         svg = svg.replace(color, f"var({variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z.]+(2d)?_\d+"', "", svg)  # matplotlib's counting, which begins anew in each picture
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1

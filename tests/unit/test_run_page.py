@@ -72,7 +72,7 @@ def run(tmp_path: Path) -> Run:
             passed = step - first + 1
             values = {"loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 100 * passed}
             add(run.metrics_file, log(number, at + passed, step, peak_memory_bytes=3 << 30, **values))
-    add(run.metrics_file, log(2, 62, 20, eval_loss=0.5), log(3, 10_010, 40, eval_loss=0.4))
+    add(run.metrics_file, log(1, 20, 20, eval_loss=0.5), log(3, 10_010, 40, eval_loss=0.4))
     for step, loss in ((20, 0.5), (40, 0.4)):
         folder = run.path / f"checkpoint_{step:08d}"
         folder.mkdir()
