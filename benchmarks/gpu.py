@@ -210,7 +210,8 @@ def stepped(trainer: Any, job: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
 
-    trainer.add_callback(Watch())
+    for callback in (Watch(), *job.get("callbacks", ())):
+        trainer.add_callback(callback)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     peak = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else None

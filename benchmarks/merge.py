@@ -104,8 +104,11 @@ def with_peft(base: Path, adapter: Path, output: Path) -> float:
 
 
 def with_manta(base: Path, adapter: Path, output: Path) -> float:
-    import peft  # noqa: F401
-    from transformers import Qwen3ForCausalLM  # noqa: F401
+    from manta import imports
+
+    with imports.quickly():  # as merge_adapter does
+        import peft  # noqa: F401
+        from transformers import Qwen3ForCausalLM  # noqa: F401
 
     from manta.merge import merge_adapter
 

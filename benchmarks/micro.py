@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,56 @@ def of_padding() -> Arms:
     return stepping("padded", "sdpa"), stepping("joined", attention.DOCUMENTS)
 
 
+def of_labels() -> Arms:
+    """Labels of 500 rows: tokenized twice one by one, as the guide does, against Manta's batches."""
+    import labels
+
+    from manta.data.tokenize import load_tokenizer
+    from manta.demo import write_blank_model, write_data
+
+    with TemporaryDirectory() as folder:
+        corpus, questions = write_data(Path(folder))
+        tokenizer = load_tokenizer(write_blank_model(Path(folder) / "blank", corpus))
+        rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()[:500]]
+    prompts, answers = [row["question"] for row in rows], [row["answer"] for row in rows]
+    return (
+        lambda: labels.one_by_one(tokenizer, prompts, answers),
+        lambda: labels.batched(tokenizer, prompts, answers),
+    )
+
+
+def of_merge() -> Arms:
+    """An adapter into 34 million parameters on disk: PEFT's merge and save against Manta's stream."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from manta.merge import merge_adapter
+
+    folder = Path(_FOLDER.name)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    network = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=1000, tie_word_embeddings=True)).bfloat16()
+    network.save_pretrained(folder / "base")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(network, lora).save_pretrained(folder / "adapter")
+
+    def by_peft() -> None:
+        base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        merged: Any = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+        merged.save_pretrained(folder / "out")
+
+    def by_manta() -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        (folder / "out").mkdir()
+        merge_adapter(folder / "base", folder / "adapter", folder / "out")
+
+    return by_peft, by_manta
+
+
+_FOLDER = TemporaryDirectory(prefix="manta-micro-")
+
 BENCHES: dict[str, Callable[[], Arms]] = {
+    "labels": of_labels,
+    "merge": of_merge,
     "attention": of_attention,
     "logits": of_logits,
     "padding": of_padding,

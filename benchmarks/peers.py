@@ -7,6 +7,7 @@ Each writes what it did after every step: when, how many tokens were not padding
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -150,10 +151,82 @@ def guide(job: dict[str, Any], report: dict[str, Any]) -> None:
     ).train()
 
 
+# --- Two processes, as the libraries' own examples have it: padded to the longest, DDP
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(columns: list[list[int]], filler: int) -> Any:
+        return torch.tensor([column + [filler] * (longest - len(column)) for column in columns])
+
+    return {
+        "input_ids": filled([row["input_ids"] for row in rows], 0),
+        "attention_mask": filled([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": filled([row["labels"] for row in rows], -100),
+    }
+
+
+def accelerate(job: dict[str, Any], report: dict[str, Any]) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if job["dtype"] == "bfloat16" else "no")
+    model = model_of(job)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job["learning_rate"], weight_decay=0.0, fused=True)
+    loader = torch.utils.data.DataLoader(read(job["tokens"]), batch_size=job["batch"], collate_fn=padded)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        report["tokens"].append(int(accelerator.reduce(batch["attention_mask"].sum())))
+        report["times"].append(time.time())
+
+
+def lightning(job: dict[str, Any], report: dict[str, Any]) -> None:
+    import lightning
+    import torch
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model_of(job)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            self.real = batch["attention_mask"].sum()
+            return self.model(**batch).loss
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            report["tokens"].append(int(self.all_gather(self.real).sum()))
+            report["times"].append(time.time())
+
+        def configure_optimizers(self) -> Any:
+            trained = [each for each in self.model.parameters() if each.requires_grad]
+            return torch.optim.AdamW(trained, lr=job["learning_rate"], weight_decay=0.0, fused=True)
+
+    module = Module()
+    module.train()
+    loader = torch.utils.data.DataLoader(read(job["tokens"]), batch_size=job["batch"], collate_fn=padded)
+    lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=job["steps"], logger=False, enable_checkpointing=False,
+        precision="bf16-mixed" if job["dtype"] == "bfloat16" else "32-true",
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, loader)  # fmt: skip
+
+
+ARMS = {"trl": trl, "guide": guide, "accelerate": accelerate, "lightning": lightning}
+
+
 if __name__ == "__main__":
     arm, path = sys.argv[1:]
     job = json.loads(Path(path).read_text())
     report: dict[str, Any] = {"started": STARTED, "times": [], "tokens": [], "losses": []}
-    {"trl": trl, "guide": guide}[arm](job, report)
+    ARMS[arm](job, report)
     report["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(job["report"]).write_text(json.dumps(report))
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        Path(job["report"]).write_text(json.dumps(report))

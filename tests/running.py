@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,14 @@ def small_config(folder: Path, **settings: Any) -> Config:
             "hf_dataset_config": data,
         }
     )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Until `condition` is true; a failure if that takes longer."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it does not happen"
+        time.sleep(0.2)
 
 
 def run_of(result: dict[str, Any]) -> Run:

@@ -46,6 +46,10 @@ class Config(BaseModel):
         "auto",
         description="What backward computes again to save memory: nothing, all but matrix products, all; auto: by need",
     )
+    torch_compile: bool = Field(
+        False,
+        description="Compile the layers some steps into the run, and say whether that pays; undone if it does not",
+    )
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
 
     # --- Training

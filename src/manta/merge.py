@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from manta import adapter, manifest, names, tensors
+from manta import adapter, imports, manifest, names, tensors
 from manta.adapter import Change
 from manta.errors import UserError
 from manta.names import Names
@@ -38,9 +38,10 @@ def merge_adapter(
     """
     _check_plain(base)
     stored = tensors.read(base)
-    model = names.skeleton(base, trust_remote_code)
-    where = names.find(model, stored)
-    changed = adapter.changes(model, trained)
+    with imports.quickly():
+        model = names.skeleton(base, trust_remote_code)
+        where = names.find(model, stored)
+        changed = adapter.changes(model, trained)
     untied = {target: source for target, source in where.tied.items() if {target, source} & changed.keys()}
 
     @lru_cache(maxsize=2)  # experts.0.down, experts.0.gate, …: two parameters take turns in a file

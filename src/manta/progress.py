@@ -160,6 +160,7 @@ class Monitor:
         self.tokens = self.tokens_timed = 0  # the latter without the first step, which includes warming up
         self.first_step_time: float | None = None
         self.last_step_time: float | None = None
+        self.begun: dict[str, float] = {}  # by phases.BEGUN, of the first workers
         self.stop_wanted = threading.Event()  # set by a signal handler, which must not call Ray itself
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-monitor", daemon=True)
@@ -211,6 +212,8 @@ class Monitor:
             self.last_step_time = message["time"]
         elif kind == "log":
             self.metrics.add({**message, "tokens": self.tokens})
+        elif kind == "begun":
+            self.begun = self.begun or message["times"]
         elif kind != "restart":  # what the judged failure will say again
             self.events.add(message)
         self.display.take(message)

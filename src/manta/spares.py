@@ -12,6 +12,8 @@ import importlib
 import threading
 import time
 
+from manta import imports
+
 IMPORTS = (
     "datasets",
     "peft",
@@ -35,8 +37,9 @@ def environment() -> dict[str, str]:
 
 def preload() -> None:
     """Import what a training worker imports."""
-    for name in IMPORTS:
-        importlib.import_module(name)
+    with imports.quickly():
+        for name in IMPORTS:
+            importlib.import_module(name)
 
 
 def start(count: int) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,13 @@ def _write(path: Path, tensors: dict[str, Planned]) -> None:
         end += each.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:  # a piece is written while the next is computed
+        written = beside.submit(file.write, struct.pack("<Q", len(text)) + text)
         for name in order:
             for content in tensors[name].content():
-                file.write(content)
+                written.result()
+                written = beside.submit(file.write, content)
+        written.result()
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path} has other bytes than its header says")
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import __version__, cluster, manifest, nodes, runs, snapshot, spares, storage
+from manta import __version__, cluster, imports, manifest, nodes, runs, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -21,27 +21,12 @@ from manta.errors import ConfigError, TrainingError
 from manta.jsonl import append_json
 from manta.lease import Lease, refuse_if_held
 from manta.patience import Patience
+from manta.phases import Phases
 from manta.preparation import absolute, check_data, make
 from manta.progress import Display, Monitor, open_mailbox, say
 from manta.runs import METRIC, Run
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-
-
-class Phases:
-    """Wall seconds per phase of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.start = time.time()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.time()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.time() - start, 3)
 
 
 def train(config: Config, console: Console | None = None, title: str = "train") -> dict[str, Any]:
@@ -60,11 +45,12 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
         return finished
 
     with phases("check"):
-        from manta import model
-
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
-        model.check(config)
+        with imports.quickly():
+            from manta import model
+
+            model.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:
             raise ConfigError(
@@ -178,8 +164,7 @@ def _fit(
             outcome = {"failure": root_cause(error)}
         except (KeyboardInterrupt, SystemExit, RayActorError):  # Ray ends the controller on Ctrl-C in one of these ways
             outcome = {"failure": "interrupted"}
-    first = monitor.first_step_time or time.time()
-    phases.seconds["until_first_step"] = round(first - fit_started, 3)
+    phases.until_first_step(fit_started, monitor.begun, monitor.first_step_time or time.time())
     summary = _summarize(config, run, steps, outcome, monitor, phases)
     manifest.write_json(run.result_file, summary)
     if summary["status"] == FAILED:
@@ -242,24 +227,12 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
 
     from manta.controller import Supervisor
     from manta.preemption import ListeningTorchConfig
-    from manta.worker import train_func
 
     fewest, most = config.worker_range or (1, 1)
-
     on = config.device
     folder, filesystem = storage.arrow(run.path.parent)
-    # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
-    threads = max(1, int(cluster.resources_per_worker(config, on).get("CPU", 1)))
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-    if on == "cuda":
-        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    else:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    environment |= cluster.forwarded()
-    if config.spare_workers:
-        environment |= spares.environment()
     return TorchTrainer(
-        cast(Any, train_func),  # returning a value is documented, and missing from the annotation
+        cast(Any, _train_func),  # returning a value is documented, and missing from the annotation
         train_loop_config={
             **config.to_dict(),
             "run": str(run.path),
@@ -295,9 +268,30 @@ def _trainer(config: Config, run: Run, prepared: Prepared, lease: Lease, mailbox
                 checkpoint_score_attribute=config.metric_for_best if config.evaluates else None,
                 checkpoint_score_order="min" if config.metric_for_best == METRIC else "max",
             ),
-            **cast(Any, {"worker_runtime_env": {"env_vars": environment}}),  # annotated only in its v2 class
+            **cast(Any, {"worker_runtime_env": {"env_vars": _environment(config)}}),  # annotated only in its v2 class
         ),
     )
+
+
+def _train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """What a worker runs; the driver, which only names it, need not import what a worker does."""
+    with imports.quickly():
+        from manta.worker import train_func
+
+    return train_func(config_dict)
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Variables of the workers' processes."""
+    # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
+    threads = max(1, int(cluster.resources_per_worker(config, config.device).get("CPU", 1)))
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    if config.device == "cuda":
+        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment |= cluster.forwarded()
+    return environment | spares.environment() if config.spare_workers else environment
 
 
 def _validation(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:

@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from ray import train
 
@@ -26,6 +28,7 @@ from manta.callbacks import (
     StopOnRequestCallback,
     register,
 )
+from manta.compiled import CompileCallback
 from manta.config import Config
 from manta.data import prepare
 from manta.data.batches import Layout, Rows, SampleOrder, most_tokens
@@ -51,6 +54,7 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     Returns the metrics of the run; or `{"failure": message}` for an error that a restart would only repeat, which the
     driver raises, since Ray restarts the workers after every exception.
     """
+    times = {"process": psutil.Process().create_time(), "train_func": time.time()}
     settings = dict(config_dict)
     given = {key: settings.pop(key, None) for key in ("run", "prepared", "mailbox", "lease")}
     config = Config.from_dict(settings)
@@ -60,7 +64,7 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
     try:
         prepared = Prepared(storage.place(given["prepared"])) if given["prepared"] else _prepare_here(config, run)
         with Watchdog(config.step_timeout_s, mailbox, train.get_context().get_world_rank()) as watchdog:
-            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog)
+            return _train(config, run, prepared.fetched(), mailbox, given["lease"], watchdog, times)
     except (NonFiniteError, StorageError, UserError) as error:
         return {"failure": str(error)}
     except (RuntimeError, MemoryError) as error:
@@ -71,7 +75,13 @@ def train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    config: Config, run: Run, prepared: Prepared, mailbox: Any, lease: str | None, watchdog: Watchdog
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    mailbox: Any,
+    lease: str | None,
+    watchdog: Watchdog,
+    times: dict[str, float],
 ) -> dict[str, Any]:
     from ray.train.torch import get_device
 
@@ -104,6 +114,8 @@ def _train(
     trainer.taken = damaged
     trainer.add_callback(ProgressCallback(mailbox, trainer, verdict["attempt"]))
     trainer.add_callback(ProgressOfLoop(watchdog))
+    if config.torch_compile:
+        trainer.add_callback(CompileCallback(network, trainer, partial(_note, mailbox, rank)))
     if config.spare_workers and mailbox is not None:
         trainer.add_callback(SpareWorkersCallback())
     if mailbox is not None and config.step_copies != "off":
@@ -112,6 +124,8 @@ def _train(
     if copy:
         trainer.copy, trainer.entries = copy, copy.entries if rank == 0 else []
 
+    if rank == 0 and mailbox is not None:
+        mailbox.put.remote({"kind": "begun", "times": {**times, "model": time.time()}})
     begin = copy.folder if copy else resume
     outcome = trainer.train(resume_from_checkpoint=str(begin) if begin else None)
     saver.wait()
@@ -195,6 +209,7 @@ def make_trainer(
     if config.evaluates:
         validation = prepared.tokenized("validation").with_format("numpy")
         picked = np.random.default_rng(config.seed).permutation(len(validation))[: config.max_eval_samples]
+        picked = picked[np.argsort(prepared.lengths("validation")[0][picked], kind="stable")]  # little to pad
         validation = Rows(validation.select(picked, keep_in_memory=True))
     world = placement.world_size
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)

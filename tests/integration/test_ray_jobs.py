@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from manta.cli import main
 from manta.launch import kuberay
 from manta.launch.config import LaunchConfig
 from manta.runs import Run
-from running import CANARY, small_config
+from running import CANARY, small_config, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -118,13 +117,6 @@ def answers(cluster: Cluster) -> bool:
     except (ConnectionError, RuntimeError):
         return False
     return True
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it does not happen"
-        time.sleep(0.3)
 
 
 @pytest.mark.timeout(420)

@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from manta.errors import UserError
 from manta.manifest import damage
 from manta.runs import Run
 from manta.train import train
-from running import logged, max_gap, order_of, run_of, small_config
+from running import logged, max_gap, order_of, run_of, small_config, wait_for
 from s3 import s3_server
 
 pytestmark = pytest.mark.slow
@@ -37,13 +36,6 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
     with s3_server("store"):
         yield "s3://store"
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it does not happen"
-        time.sleep(0.05)
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[bytes]:

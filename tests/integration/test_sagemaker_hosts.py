@@ -22,7 +22,7 @@ import hosts
 from hosts import ROOT, WORK, Host, Network
 from manta.launch.job import flags
 from manta.launch.sagemaker import encoded
-from running import CANARY, small_config
+from running import CANARY, small_config, wait_for
 from s3 import variables
 
 pytestmark = [
@@ -153,13 +153,6 @@ def signalled(host: Host, module: str) -> None:
 def port_is_open(host: Host, port: int) -> bool:
     probe = f"import socket; print(socket.socket().connect_ex(('{ADDRESS[FIRST]}', {port})))"
     return host.run([PYTHON, "-c", probe]).strip() == "0"
-
-
-def wait_for(condition: Any, seconds: float) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it does not happen"
-        time.sleep(0.5)
 
 
 def text(host: Host, name: str) -> str:

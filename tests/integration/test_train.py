@@ -80,7 +80,10 @@ def test_result_says_how_it_ended(result):
     assert result["best_checkpoint"] == result["latest_checkpoint"] == str(run.path / "checkpoint_00000012")
     assert result["train_loss"] == logged(run, "loss")[12]
     assert result["tokens_per_second"] > 0
-    assert result["seconds"]["total"] >= result["seconds"]["fit"] >= result["seconds"]["until_first_step"] > 0
+    seconds = result["seconds"]
+    assert seconds["total"] >= seconds["fit"] >= seconds["until_first_step"] > 0
+    parts = [seconds[name] for name in ("start_workers", "imports", "model", "first_step")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(seconds["until_first_step"], abs=0.01)
     assert {path.name for path in run.path.glob("*_results.json")} == {"all_results.json", "train_results.json"}
 
 

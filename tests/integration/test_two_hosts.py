@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 import hosts
 from hosts import ROOT, WORK, Host, Network
-from running import small_config
+from running import small_config, wait_for
 from s3 import variables
 
 pytestmark = [
@@ -98,13 +98,6 @@ def join(net: Network, files: Path) -> None:
 def port_is_open(host: Host, port: int) -> bool:
     probe = f"import socket; print(socket.socket().connect_ex(('{host.address}', {port})))"
     return host.run([PYTHON, "-c", probe]).strip() == "0"
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it does not happen"
-        time.sleep(0.5)
 
 
 def start(host: Host, name: str, **settings: Any) -> Any:

@@ -72,6 +72,7 @@ SHAPING = {
     "hf_model_id": "Qwen/Qwen3-0.6B",
     "dtype": "bfloat16",
     "use_liger_kernel": True,
+    "torch_compile": True,
     "objective": "cpt",
     "max_steps": 9,
     "num_train_epochs": 1.5,
