@@ -274,6 +274,10 @@ def test_a_run_that_failed_leaves_a_page_too_and_one_that_was_refused_does_not(r
     with pytest.raises(UserError), run_page.left_behind(run.config()):
         raise UserError("another driver has it")
     assert not run.page.exists()
+    never = Config(results_dir=str(run.path.parent / "nowhere"))
+    with pytest.raises(KeyboardInterrupt), run_page.left_behind(never):
+        raise KeyboardInterrupt
+    assert not (run.path.parent / "nowhere").exists()
 
 
 def test_a_page_is_replaced_whole(run):
