@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from manta import manifest
 from manta.runs import Run
@@ -20,6 +20,7 @@ _INK, _LINE, _ALARM, *_SERIES = _COLORS
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), "-.", (0, (8, 2)), (0, (3, 1, 1, 1)))  # so that colour is not all
 MOST_POINTS = 1000  # of a curve: more than a screen has columns, and a page of a long run stays small
 MOST_MARKS = 100
+X = TypeVar("X", int, float)
 WIDE, HALF = (11.0, 2.6), (6.4, 3.0)  # inches
 
 
@@ -37,7 +38,7 @@ def history(run: Run, keys: Sequence[str]) -> dict[str, dict[int, float]]:
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}
 
 
-def thinned(points: Mapping[int, float], most: int = MOST_POINTS) -> dict[int, float]:
+def thinned(points: Mapping[X, float], most: int = MOST_POINTS) -> dict[X, float]:
     """`points` in order of x; of more than `most`, the lowest and the highest of each stretch, so that spikes stay."""
     steps = sorted(points)
     if len(steps) <= most:

@@ -181,6 +181,23 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     assert "interrupted" in page and f"manta train --resume {run.path}" in page
 
 
+def test_a_run_that_failed_says_why_first(run):
+    why = "Step 26 failed twice, so a restart would only repeat it: boom."
+    manifest.write_json(run.result_file, (run.result() or {}) | {"status": "failed", "failure": why, "steps": 20})
+    page = page_of(run)
+    assert f"failed after step 20 of 40 Curves What happened Checkpoints Data Settings Lineage Commands {why}" in page
+    assert f"manta train --resume {run.path}" in page
+
+
+def test_time_to_the_first_step_is_broken_down_where_it_is_known():
+    whole = {"check": 1.0, "ray": 2.0, "fit": 30.0, "until_first_step": 10.0}
+    assert [seconds for _, seconds in facts.until_first_step(whole)] == [1.0, 2.0, 10.0]
+    parts = {"start_workers": 4.0, "imports": 3.0, "model": 2.0, "first_step": 1.0}
+    assert [seconds for _, seconds in facts.until_first_step(whole | parts)] == [1.0, 2.0, 4.0, 3.0, 2.0, 1.0]
+    assert facts.after_first_step(whole) == 20.0 and facts.after_first_step({}) is None
+    assert facts.until_first_step({}) == []
+
+
 def test_torn_and_missing_files_are_named_or_left_out(run):
     for file in (run.metrics_file, run.events_file):
         with file.open("a") as lines:
