@@ -20,7 +20,7 @@ _INK, _LINE, _ALARM, *_SERIES = _COLORS
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), "-.", (0, (8, 2)), (0, (3, 1, 1, 1)))  # so that colour is not all
 MOST_POINTS = 1000  # of a curve: more than a screen has columns, and a page of a long run stays small
 MOST_MARKS = 100
-X = TypeVar("X", int, float)
+X = TypeVar("X", bound=float)
 WIDE, HALF = (11.0, 2.6), (6.4, 3.0)  # inches
 
 
