@@ -102,8 +102,8 @@ def timeline(
         (failures, {"label": "workers ended", "marker": "X", "markersize": 8, "color": _ALARM}),
     ):
         if points:
-            few = thinned(points, MOST_MARKS)
-            axes.plot([time / seconds for time in few], list(few.values()), linestyle="none", **look)
+            shown = thinned(points, MOST_MARKS)
+            axes.plot([time / seconds for time in shown], list(shown.values()), linestyle="none", **look)
     return _finished(figure, axes, title, bool(checkpoints or failures))
 
 
