@@ -166,7 +166,7 @@ def _attempts(it: Record) -> list[dict[str, Any]]:
                 "steps": f"{each.first_step:,} … {each.last_step:,}",
                 "lasted": duration(each.end - each.begin),
                 "ended": ended,
-                "failed": bool(each.failure) and each.failure["cause"] != "resize",
+                "failed": each.failure is not None and each.failure["cause"] != "resize",
             }
         )
     return found
