@@ -14,10 +14,9 @@ from rich.table import Table
 from manta import facts, manifest, plots, record
 from manta.config import GENERATED
 from manta.errors import UserError
-from manta.page import render
+from manta.page import redacted, render
 from manta.plots import HALF
 from manta.record import Record
-from manta.references import redacted
 from manta.runs import METRIC
 
 MOST = 6  # runs: more curves in a picture cannot be told apart

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from manta.references import redacted
+from manta.references import secret_in
 
 
 def render(template: str, without_secrets: bool = False, **values: Any) -> str:
@@ -26,3 +29,11 @@ def render(template: str, without_secrets: bool = False, **values: Any) -> str:
         finalize=redact if without_secrets else None,
     )
     return environment.get_template(template).render(**values)
+
+
+def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """`text` with the name of each secret variable instead of its value, and no password of a URL."""
+    for name, value in environ.items():
+        if secret_in(text, {name: value}):
+            text = text.replace(value, f"[{name}]")
+    return re.sub(r"//[^/@\s]+@", "//…@", text)

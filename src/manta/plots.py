@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from manta import manifest
 from manta.runs import Run
@@ -20,6 +20,7 @@ _INK, _LINE, _ALARM, *_SERIES = _COLORS
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), "-.", (0, (8, 2)), (0, (3, 1, 1, 1)))  # so that colour is not all
 MOST_POINTS = 1000  # of a curve: more than a screen has columns, and a page of a long run stays small
 MOST_MARKS = 100
+X = TypeVar("X", bound=float)
 WIDE, HALF = (11.0, 2.6), (6.4, 3.0)  # inches
 
 
@@ -37,7 +38,7 @@ def history(run: Run, keys: Sequence[str]) -> dict[str, dict[int, float]]:
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}
 
 
-def thinned(points: Mapping[int, float], most: int = MOST_POINTS) -> dict[int, float]:
+def thinned(points: Mapping[X, float], most: int = MOST_POINTS) -> dict[X, float]:
     """`points` in order of x; of more than `most`, the lowest and the highest of each stretch, so that spikes stay."""
     steps = sorted(points)
     if len(steps) <= most:
@@ -101,8 +102,8 @@ def timeline(
         (failures, {"label": "workers ended", "marker": "X", "markersize": 8, "color": _ALARM}),
     ):
         if points:
-            few = thinned(points, MOST_MARKS)
-            axes.plot([time / seconds for time in few], list(few.values()), linestyle="none", **look)
+            shown = thinned(points, MOST_MARKS)
+            axes.plot([time / seconds for time in shown], list(shown.values()), linestyle="none", **look)
     return _finished(figure, axes, title, bool(checkpoints or failures))
 
 
@@ -150,6 +151,7 @@ def as_svg(figure: Any, title: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     for color, variable in _COLORS.items():
         svg = svg.replace(color, f"var({variable})")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z.]+(2d)?_\d+"', "", svg)  # matplotlib's counting, which begins anew in each picture
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1

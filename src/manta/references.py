@@ -25,14 +25,6 @@ def secret_in(text: str, environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
-def redacted(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`text` with the name of each secret variable instead of its value, and no password of a URL."""
-    for name, value in environ.items():
-        if secret_in(text, {name: value}):
-            text = text.replace(value, f"[{name}]")
-    return re.sub(r"//[^/@\s]+@", "//…@", text)
-
-
 def is_url(target: str) -> bool:
     return target.lower().startswith(("http://", "https://"))
 

@@ -44,7 +44,10 @@ def left_behind(config: Config) -> Iterator[None]:
 
 def _leave(config: Config) -> None:
     try:
-        written = write(runs.of(absolute(config)))
+        run = runs.of(absolute(config))
+        if not run.config_file.is_file():
+            return  # it has not begun
+        written = write(run)
     except Exception as error:
         say(Console(stderr=True, highlight=False), f"no page of the run: {error}")
     else:
@@ -163,7 +166,7 @@ def _attempts(it: Record) -> list[dict[str, Any]]:
                 "steps": f"{each.first_step:,} … {each.last_step:,}",
                 "lasted": duration(each.end - each.begin),
                 "ended": ended,
-                "failed": bool(each.failure),
+                "failed": each.failure is not None and each.failure["cause"] != "resize",
             }
         )
     return found

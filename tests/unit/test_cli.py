@@ -10,7 +10,7 @@ from manta.config import Config
 from manta.dataset_config import HFDatasetConfig, LintConfig
 from manta.errors import ConfigError
 
-VERBS = ("train", "prepare", "plan", "convert", "evaluate", "demo", "serve", "chat", "launch")
+VERBS = ("train", "prepare", "plan", "convert", "evaluate", "report", "demo", "serve", "chat", "launch")
 
 
 def flags(*arguments: str) -> Config:
