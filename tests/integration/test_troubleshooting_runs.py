@@ -109,6 +109,7 @@ def test_a_disk_that_is_full_for_the_tasks_of_ray(ray_cluster, tmp_path):
 
 # --- Another Ray than the session's: processes of their own.
 
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # else each has a secret of its own
 OTHER = """
 import json, sys, time
 import ray
@@ -136,7 +137,7 @@ def elsewhere(folder: Path, address: str) -> tuple[str, int]:
     }
     tiny_model(folder / "plain")
     command = [sys.executable, "-m", "manta", "train", *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, env={**os.environ, **NO_TOKEN}, capture_output=True, text=True, timeout=150)
     return done.stderr, done.returncode
 
 
@@ -147,7 +148,7 @@ def test_there_is_no_ray(folder):
 def test_ray_of_another_version(folder):
     """A real cluster whose own record of its version says 2.9.0, which the real client compares with itself."""
     with tempfile.TemporaryDirectory(prefix="mv-", dir="/tmp") as temporary:
-        environment = {**os.environ, "RAY_TMPDIR": temporary}
+        environment = {**os.environ, "RAY_TMPDIR": temporary, **NO_TOKEN}
         environment.pop("RAY_ADDRESS", None)
         cluster = subprocess.Popen(
             [sys.executable, "-c", OTHER],
