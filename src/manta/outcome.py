@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from manta import __version__
 from manta.config import Config
@@ -12,7 +12,9 @@ from manta.runs import METRIC, Run
 if TYPE_CHECKING:
     from manta.progress import Monitor
 
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+FINISHED: Final = "finished"
+STOPPED: Final = "stopped"
+FAILED: Final = "failed"
 
 # Exit code of a run that saved and left because of a SIGTERM: "try again", as sysexits.h has it.
 ASKED_TO_STOP = 75
