@@ -134,7 +134,7 @@ def _call(command: str, payload: dict[str, Any]) -> str | None:
     for name, value in payload.items():
         if isinstance(value, str | int | float):
             environment[f"MANTA_{name.upper()}"] = str(value)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
         shlex.split(command), stdin=subprocess.PIPE, env=environment, start_new_session=True, **quiet
     )
