@@ -20,6 +20,7 @@ from manta import accelerators, architecture, attention, cluster, memory, model,
 from manta.accelerators import USABLE
 from manta.activations import Recomputed
 from manta.config import Config
+from manta.data.batches import Layout
 from manta.errors import UserError
 from manta.memory import Memory
 from manta.model import Placement
@@ -61,9 +62,8 @@ def plan(config: Config, names: str | None = None, mfu: float = MFU, probed: boo
     spares.preload()
     framework = probe.resident()
     here = _here(config, framework)
-    config = config.model_copy(
-        update={"device": here.device, "nominal_workers": config.nominal_workers or here.workers}
-    )
+    nominal = config.nominal_workers or (config.worker_range or (here.workers,))[-1]
+    config = config.model_copy(update={"device": here.device, "nominal_workers": nominal})
     work = workload.of(config)
     bare = architecture.skeleton(config)
     mine = _Planned(config, here, work, bare, framework)
@@ -94,7 +94,7 @@ class _Planned:
         self.framework = framework if place.device == "cpu" else int(CUDA_CONTEXT)
         self.attention = model.attention_of(config, place.device, bare)
         joined = self.attention == attention.DOCUMENTS or self.attention.startswith("flash")
-        self.layout: Any = "joined" if joined else "packed" if config.packing else "padded"
+        self.layout: Layout = "joined" if joined else "packed" if config.packing else "padded"
         batch = config.per_device_train_batch_size
         known = work.source == "prepared" and not config.packing
         lengths = work.lengths if known else np.full(batch, config.max_seq_length)
