@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import manta
 from manta.results import Evaluation, Gain, TrainResult
 from manta.signals import stopping_on_sigterm, was_interrupted
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "MYPYPATH": str(ROOT / "src")}
 STAGES = ("prepare", "train", "evaluate", "convert")
 RESULT = {
     "status": "stopped",
@@ -133,3 +136,23 @@ def test_what_counts_as_an_interrupt():
     assert was_interrupted(KeyboardInterrupt()) and was_interrupted(SystemExit(0))
     assert was_interrupted(RuntimeError("The actor exited because exit_actor() was called"))
     assert not was_interrupted(RuntimeError("The actor died because its node has died"))
+
+
+@pytest.mark.slow
+def test_mypy_sees_the_signatures(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import manta\n"
+        "result = manta.train(manta.Config(max_steps=3), quiet=True)\n"
+        "reveal_type(result)\n"
+        "reveal_type(manta.evaluate(result).models['tuned']['loss'])\n"
+        "reveal_type(manta.convert(result))\n"
+        "manta.train('recipe.yaml')\n"
+        "manta.prepare(manta.Config(max_stepz=3))\n"
+    )
+    mypy = Path(sys.executable).with_name("mypy")
+    done = subprocess.run([mypy, program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    revealed = [line.rpartition("Revealed type is ")[2] for line in done.stdout.splitlines() if "Revealed" in line]
+    assert revealed == ['"manta.results.TrainResult"', '"float | None"', '"pathlib.Path"'], done.stdout
+    assert '"train" has incompatible type "str"; expected "Config"' in done.stdout
+    assert 'Unexpected keyword argument "max_stepz" for "Config"' in done.stdout
