@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from click.testing import CliRunner
 from browser import browser, needs_browser, open_file
 from manta.cli import main
 from manta.runs import Run
-from running import lines, small_config
+from running import lines, small_config, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -25,13 +24,9 @@ STEPS = 40
 
 
 def kill_a_worker(run: Run, at_step: int) -> None:
-    limit = time.monotonic() + 180
-    while time.monotonic() < limit:
-        if any(line["step"] >= at_step for line in lines(run.metrics_file)):
-            begun = next(event for event in lines(run.events_file) if event["kind"] == "attempt")
-            os.kill(begun["workers"][1]["pid"], signal.SIGKILL)
-            return
-        time.sleep(0.02)
+    wait_for(lambda: any(line["step"] >= at_step for line in lines(run.metrics_file)))
+    begun = next(event for event in lines(run.events_file) if event["kind"] == "attempt")
+    os.kill(begun["workers"][1]["pid"], signal.SIGKILL)
 
 
 def manta(*arguments: object) -> str:
