@@ -259,7 +259,8 @@ def _disk(config: Config, bare: Any, mine: _Planned) -> dict[str, Any]:
     """Checkpoints that are there at once: the best, the newest, and one that is being written."""
     network = memory.bare_network(config, mine.placement, mine.shape)
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
-    state = trained * memory.optimizer_bytes(config)
+    # What FSDP does not divide, every worker writes.
+    state = trained * memory.optimizer_bytes(config) * (1 if config.full_ft else mine.place.workers)
     one = int(4 * trained + state)
     at_once = min(config.save_total_limit + 2, -(-mine.work.steps // config.save_steps) + 1)
     merged = sum(each.numel() for each in bare.parameters()) * (4 if config.full_ft else 2)
