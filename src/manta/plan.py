@@ -186,11 +186,16 @@ class _Planned:
         elif self.place.flops:
             rate, source = self.published_rate(mfu), f"{mfu:.0%} of the published peak, taken for granted"
         hours = self.work.tokens / rate / 3600 if rate else None
-        return {"tokens_per_second": rate and round(rate, 1), "hours": hours and round(hours, 3), "from": source}
+        return {"tokens_per_second": rate and round(rate, 1), "hours": hours and _figures(hours), "from": source}
 
     def published_rate(self, mfu: float) -> float:
         flops = workload.flops_per_token(self.config, self.bare, self.work.seen, self.recomputed)
         return mfu * (self.place.flops or 0) * self.place.workers / flops
+
+
+def _figures(number: float) -> float:
+    """Four of them."""
+    return float(f"{number:.4g}")
 
 
 def _here(config: Config, framework: int) -> Place:
@@ -251,7 +256,7 @@ def _compared(config: Config, place: Place, work: workload.Workload, bare: Any, 
         "fits": there.fits,
         "tokens_per_second": round(rate, 1),
         "mfu": mfu,
-        "hours": round(work.tokens / rate / 3600, 3),
+        "hours": _figures(work.tokens / rate / 3600),
     }
 
 
