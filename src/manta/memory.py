@@ -217,7 +217,7 @@ def _gathered(config: Config, network: Any, placement: Placement, shards: int, b
     whole = [root, *sizes.values()]
     half = placement.dtype.itemsize
     if placement.device.type == "cpu":
-        return _copied(whole, half, 4) + (_copied(whole, 4, 2) if config.full_ft else 0)
+        return _copied(whole, half, 3.5) + (_copied(whole, 4, 1.25) if config.full_ft else 0)
     largest = max(sizes.values(), default=0)
     layers = sum(sizes.values()) if config.sharding_strategy == "SHARD_GRAD_OP" else 2 * largest
     gathered = (root + layers) * half
@@ -226,14 +226,16 @@ def _gathered(config: Config, network: Any, placement: Placement, shards: int, b
     return gathered
 
 
-def _copied(units: list[int], width: int, copies: int) -> int:
-    """What gloo's collectives take on a CPU: `copies` of a unit in `width` bytes, in threads with heaps of their own.
+def _copied(units: list[int], width: int, copies: float) -> int:
+    """What gloo's collectives take on a CPU for `units` of so many elements of `width` bytes.
 
-    Units under LARGE stay in these heaps, one beside the other; of larger ones the two largest are there at once. The
-    number of copies is measured: benchmarks/results/*-plan.md.
+    Those under LARGE stay as several copies in the heaps of its threads, one unit's beside the other's; of larger ones
+    two are there at once. The number of copies is fitted to six measured shapes, benchmarks/results/*-plan.md.
     """
     sizes = sorted(unit * width for unit in units)
-    return copies * (sum(size for size in sizes if size < LARGE) + sum([size for size in sizes if size >= LARGE][-2:]))
+    return int(copies * sum(size for size in sizes if size < LARGE)) + sum(
+        [each for each in sizes if each >= LARGE][-2:]
+    )
 
 
 def optimizer_bytes(config: Config) -> float:

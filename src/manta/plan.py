@@ -186,11 +186,16 @@ class _Planned:
         elif self.place.flops:
             rate, source = self.published_rate(mfu), f"{mfu:.0%} of the published peak, taken for granted"
         hours = self.work.tokens / rate / 3600 if rate else None
-        return {"tokens_per_second": rate and round(rate, 1), "hours": hours and round(hours, 3), "from": source}
+        return {"tokens_per_second": rate and round(rate, 1), "hours": hours and _figures(hours), "from": source}
 
     def published_rate(self, mfu: float) -> float:
         flops = workload.flops_per_token(self.config, self.bare, self.work.seen, self.recomputed)
         return mfu * (self.place.flops or 0) * self.place.workers / flops
+
+
+def _figures(number: float) -> float:
+    """Four of them."""
+    return float(f"{number:.4g}")
 
 
 def _here(config: Config, framework: int) -> Place:
@@ -251,7 +256,7 @@ def _compared(config: Config, place: Place, work: workload.Workload, bare: Any, 
         "fits": there.fits,
         "tokens_per_second": round(rate, 1),
         "mfu": mfu,
-        "hours": round(work.tokens / rate / 3600, 3),
+        "hours": _figures(work.tokens / rate / 3600),
     }
 
 
@@ -259,7 +264,8 @@ def _disk(config: Config, bare: Any, mine: _Planned) -> dict[str, Any]:
     """Checkpoints that are there at once: the best, the newest, and one that is being written."""
     network = memory.bare_network(config, mine.placement, mine.shape)
     trained = sum(each.numel() for each in network.parameters() if each.requires_grad)
-    state = trained * memory.optimizer_bytes(config)
+    # What FSDP does not divide, every worker writes.
+    state = trained * memory.optimizer_bytes(config) * (1 if config.full_ft else mine.place.workers)
     one = int(4 * trained + state)
     at_once = min(config.save_total_limit + 2, -(-mine.work.steps // config.save_steps) + 1)
     merged = sum(each.numel() for each in bare.parameters()) * (4 if config.full_ft else 2)

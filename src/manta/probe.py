@@ -171,7 +171,8 @@ def main(job_file: Path) -> None:
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     (folder / f"found-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # what is left are threads of process groups, and ending them can wait for ever
 
 
 def _trainer(
