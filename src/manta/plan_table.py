@@ -62,7 +62,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"weights and {_size(disk['optimizer'])} optimizer state{room}; merged, {_size(disk['export'])}"
     )
     if found["accelerators"]:
-        console.print(_accelerators(found["accelerators"]))
+        console.print(_accelerators(found["accelerators"], place["workers"]))
 
 
 def _memory(found: dict[str, Any]) -> Table:
@@ -89,8 +89,9 @@ def _say_whether_it_fits(found: dict[str, Any], say: Any) -> None:
             say(f"  {each['change']}: {_size(each['needs'])}, {'fits' if each['fits'] else 'still too much'}")
 
 
-def _accelerators(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Elsewhere, at {rows[0]['mfu']:.0%} of the published peak", title_justify="left")
+def _accelerators(rows: list[dict[str, Any]], workers: int) -> Table:
+    title = f"{workers} worker{'s' if workers > 1 else ''} elsewhere, at {rows[0]['mfu']:.0%} of the published peak"
+    table = Table(title=title, title_justify="left")
     for column in ("GPU", "may have", "needs", "fits", "checkpointing", "tokens/s", "time"):
         table.add_column(column, justify="left" if column in ("GPU", "fits", "checkpointing") else "right")
     for row in rows:
