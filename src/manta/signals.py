@@ -35,4 +35,8 @@ def stopping_on_sigterm(wanted: threading.Event) -> Iterator[None]:
 
 def was_interrupted(error: BaseException) -> bool:
     """Whether `error`, which ended Ray Train, stands for a SIGINT: its handler exits, or lets the controller exit."""
-    return isinstance(error, KeyboardInterrupt | SystemExit) or "exit_actor" in str(error)
+    on_purpose = (
+        "exit_actor() is called",
+        "exits by an user request",
+    )  # Ray's words for a controller that ended itself
+    return isinstance(error, KeyboardInterrupt | SystemExit) or any(words in str(error) for words in on_purpose)

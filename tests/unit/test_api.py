@@ -134,7 +134,7 @@ def test_another_thread_leaves_signals_alone():
 
 def test_what_counts_as_an_interrupt():
     assert was_interrupted(KeyboardInterrupt()) and was_interrupted(SystemExit(0))
-    assert was_interrupted(RuntimeError("The actor exited because exit_actor() was called"))
+    assert was_interrupted(RuntimeError("Worker exit detail: exit_actor() is called."))
     assert not was_interrupted(RuntimeError("The actor died because its node has died"))
 
 
