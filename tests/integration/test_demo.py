@@ -102,7 +102,7 @@ def test_every_command_of_the_readme_runs(demo, readme, record_property):
     assert len(readme) >= 7
     assert any("42" in output for _, output, _ in readme), "the converted model answers README's own question"
     (answer,) = (output for text, output, _ in readme if "v1/completions" in text)
-    assert json.loads(answer[answer.index('{"') :])["choices"][0]["text"]
+    assert re.search(r'"text": ?"[^"]+"', answer), "an answer by curl"
     assert "<svg" in (demo.folder / "results/numbers/report.html").read_text(encoding="utf-8")
 
 
