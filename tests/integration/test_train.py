@@ -200,11 +200,12 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from manta import activations, checkpoint, model, worker
+    from manta import activations, checkpoint, memory, model, worker
     from manta.callbacks import RayTrainReportCallback
     from manta.data.prepare import Prepared
     from manta.runs import checkpoint_path
     from manta.saver import Saver
+    from manta.simulation import Shape
 
     world = ray_train.get_context().get_world_size()
 
@@ -228,7 +229,7 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             before = {name: local(parameter) for name, parameter in network.named_parameters()}
             saver = Saver(run, start, None, config.async_save, print)
             layout = model.settle_layout(network, config, placement)
-            activations.recompute(network, activations.settle(config, network, placement, 96)[0])
+            activations.recompute(network, memory.settle(config, placement, Shape(1, 96, layout))[0])
             trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement, layout)
             trainer.remove_callback(RayTrainReportCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
