@@ -232,7 +232,8 @@ def test_the_terminal_is_quiet_and_the_logs_have_the_rest(seen):
     for noise in ("Warning", "raylet", "%|", "Traceback", "INFO", "\x1b["):
         assert noise not in printed
     said = seen.driver.stderr.splitlines()
-    assert [line for line in said if not line.startswith(("train: ", "prepare: ", "warning: boundary_split", "Page: "))] == []
+    wanted = ("train: ", "prepare: ", "warning: boundary_split", "Page: ")
+    assert [line for line in said if not line.startswith(wanted)] == []
     events = [line for line in said if line.startswith("train: ") and not line.startswith("train: step ")]
     assert 3 <= len(events) == len(set(events)) <= 4, events  # the setup, why the workers ended, where others went on
     assert len(said) <= 40 and len(seen.driver.stdout.splitlines()) <= 12
