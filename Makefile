@@ -41,7 +41,7 @@ soak: install  ## half an hour of training under faults
 	$(BIN)/python benchmarks/soak.py
 
 bench: install peers  ## measured ratios, written under benchmarks/results; over an hour, on a machine with nothing else to do
-	for each in micro labels training scaling profiled prepare merge saving recovery launchers serving; do \
+	for each in micro labels training scaling profiled plan prepare merge saving recovery launchers serving; do \
 		$(BIN)/python benchmarks/$$each.py || exit 1; done
 
 vllm: .venv-vllm/.installed  ## vLLM for the CPU, in an environment of its own: it pins other versions than training does
