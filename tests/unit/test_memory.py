@@ -156,17 +156,22 @@ def test_the_largest_micro_batch_is_as_it_is_laid_out():
     assert memory.largest(lengths, 2, "padded") == Shape(2, 9, "padded")
 
 
+def _about(mebibytes: int) -> int:
+    """The heap's own first page may have been there before."""
+    return (mebibytes << 20) - (1 << 16)
+
+
 def test_a_heap_holds_at_least_what_is_alive_and_gives_it_back():
     heap = Heap()
     pieces = [heap.take(3 << 20) for _ in range(8)]
     if heap.most == 0:
         pytest.skip("the C library is not glibc")
-    assert 24 << 20 <= heap.most < 28 << 20
+    assert _about(24) <= heap.most < 28 << 20
     before = resident()
     for piece in pieces[::2]:
         heap.give(piece)
     heap.take(5 << 20)  # fits into no hole
-    assert heap.most >= 28 << 20
+    assert heap.most >= _about(28)
     assert resident() - before < 1 << 20  # addresses, and no memory
     heap.close()
 

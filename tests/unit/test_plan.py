@@ -120,7 +120,7 @@ def test_what_does_not_fit_says_what_would(folder, tmp_path, monkeypatch):
     again = plan(config.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}))
     assert smaller < found["memory"]["total"] and smaller == pytest.approx(again["memory"]["total"], rel=0.05)
     assert "--max_seq_length 256" in changes
-    assert changes["--num_workers 4, on nodes of their own"] < changes["--num_workers 2, on nodes of their own"]
+    assert all(needs < found["memory"]["total"] for needs in changes.values())
 
 
 def test_accelerators_are_compared_by_their_published_figures(folder):
