@@ -18,6 +18,16 @@ from manta.data.prepare import Prepared
 from manta.runs import Run, checkpoint_path
 from tiny import tiny_model
 
+# Flags of a run in whose folder are `base` and `rows.jsonl`.
+MODEL_AND_DATA = {
+    "hf_model_id": "base",
+    "device": "cpu",
+    "max_seq_length": "96",
+    "hfdc_dataset_name": "rows.jsonl",
+    "hfdc_input_template": "Question: {question}\\nAnswer: ",
+    "hfdc_output_template": "{answer}",
+}
+
 CANARY = "hf_canaryThatMustNeverBeWritten"  # HF_TOKEN of every process of the session
 CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima"}
 

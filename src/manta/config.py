@@ -37,8 +37,7 @@ class Config(BaseModel):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Compute precision; auto: bfloat16 where the hardware has it, else float32. What is trained stays "
-        "float32",
+        description="Compute precision; auto: bfloat16 where the hardware has it. What is trained stays float32",
     )
     attn_implementation: str = Field(
         "auto", description="auto, documents, sdpa, eager, flash_attention_2; auto: what takes a batch without padding"
@@ -255,6 +254,10 @@ class Config(BaseModel):
                 "objective sft, eval_steps above 0 and hf_dataset_config.train_split_ratio below 1"
             )
         return self
+
+    def micro_batches(self, workers: int) -> int:
+        """Of one step, over all workers: fixed by the number that the run first had, or else by `workers`."""
+        return self.gradient_accumulation_steps * (self.nominal_workers or workers)
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ import shlex
 import time
 
 from manta.lease import holder_of
+from manta.phases import PARTS
 from manta.record import Record
 
 
@@ -64,7 +65,7 @@ def duration(seconds: float | None) -> str:
 
 def until_first_step(seconds: dict[str, float]) -> list[tuple[str, float]]:
     """What passed before the first step was done, in order, of result.json's `seconds`: those of the last start."""
-    parts: list[str] = [name for name in ("start_workers", "imports", "model", "first_step") if name in seconds]
+    parts = [name for name in PARTS if name in seconds]
     names = ["check", "ray", "prepare", *(parts or ["until_first_step"])]
     return [(_PHASES[name], float(seconds[name])) for name in names if name in seconds]
 

@@ -150,8 +150,7 @@ def bare_network(config: Config, placement: Placement, shape: Shape) -> Any:
 
 def accumulates(config: Config, placement: Placement) -> bool:
     """Whether a worker's step has several micro-batches, so that gradients are there beside activations."""
-    world = placement.world_size
-    return config.gradient_accumulation_steps * (config.nominal_workers or world) > world
+    return config.micro_batches(placement.world_size) > placement.world_size
 
 
 def free_bytes(placement: Placement) -> int:

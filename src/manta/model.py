@@ -69,6 +69,12 @@ def attention_of(config: Config, device: str, bare: Any) -> str:
     return attention.DOCUMENTS if attention.serves(bare) else "sdpa"
 
 
+def usual_layout(implementation: str, config: Config) -> Layout:
+    """How samples become a batch, if the attention does what its name says."""
+    knows = implementation == attention.DOCUMENTS or implementation.startswith("flash")
+    return "joined" if knows else "packed" if config.packing else "padded"
+
+
 def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
     """How samples become a batch. All ranks call it.
 
@@ -77,8 +83,7 @@ def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
     the user asked for what does not work.
     """
     implementation = model.config._attn_implementation
-    knows = implementation == attention.DOCUMENTS or implementation.startswith("flash")
-    layout: Layout = "joined" if knows else "packed" if config.packing else "padded"
+    layout = usual_layout(implementation, config)
     if layout == "padded":
         return layout
     problem = _seen_through(model, config, placement, layout)

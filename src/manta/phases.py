@@ -9,6 +9,8 @@ from itertools import pairwise
 
 # What rank 0 says when it was: its process started, its train function entered, its model there.
 BEGUN = ("process", "train_func", "model")
+# What passes from `fit` to the end of the first step, between these.
+PARTS = ("start_workers", "imports", "model", "first_step")
 
 
 class Phases:
@@ -32,5 +34,4 @@ class Phases:
         self.seconds["until_first_step"] = round(first - fit, 3)
         times = [fit, *(begun[name] for name in BEGUN if name in begun), first]
         if len(times) == len(BEGUN) + 2:
-            names = ("start_workers", "imports", "model", "first_step")
-            self.seconds |= {name: round(b - a, 3) for name, (a, b) in zip(names, pairwise(times), strict=True)}
+            self.seconds |= {name: round(b - a, 3) for name, (a, b) in zip(PARTS, pairwise(times), strict=True)}

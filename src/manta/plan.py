@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from manta import accelerators, architecture, attention, cluster, memory, model, probe, runs, spares, storage, workload
+from manta import accelerators, architecture, cluster, memory, model, probe, runs, spares, storage, workload
 from manta.accelerators import USABLE
 from manta.activations import Recomputed
 from manta.config import Config
-from manta.data.batches import Layout
 from manta.errors import UserError
 from manta.memory import Memory
 from manta.model import Placement
@@ -93,8 +92,7 @@ class _Planned:
         self.placement = place.placement(config)
         self.framework = framework if place.device == "cpu" else int(CUDA_CONTEXT)
         self.attention = model.attention_of(config, place.device, bare)
-        joined = self.attention == attention.DOCUMENTS or self.attention.startswith("flash")
-        self.layout: Layout = "joined" if joined else "packed" if config.packing else "padded"
+        self.layout = model.usual_layout(self.attention, config)
         batch = config.per_device_train_batch_size
         known = work.source == "prepared" and not config.packing
         lengths = work.lengths if known else np.full(batch, config.max_seq_length)

@@ -205,7 +205,7 @@ def _trainer(
         for row, size in enumerate(lengths)
     ]
     world = placement.world_size
-    micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
+    micro_batches = config.micro_batches(world)
     return kind(
         model=network,
         args=training_arguments(config, run, placement, -(-micro_batches // world)),

@@ -52,7 +52,7 @@ class TrainResult:
     tokens_per_second: float | None
     """Over all workers, from the first step's end to the last one's."""
     seconds: Mapping[str, float] = field(repr=False)
-    """Wall seconds of each phase: check, ray, prepare, fit, until_first_step, total."""
+    """Wall seconds of each phase: check, ray, prepare, fit, until_first_step and its parts, total."""
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     """All that `result.json` holds."""
 

@@ -153,7 +153,7 @@ def max_steps(config: Config, sequences: int) -> int:
     """Steps of the run: as set, or what `num_train_epochs` comes to."""
     if config.num_train_epochs is None:
         return config.max_steps
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * (config.nominal_workers or 1)
+    per_step = config.per_device_train_batch_size * config.micro_batches(1)
     return max(1, round(config.num_train_epochs * sequences / per_step))
 
 

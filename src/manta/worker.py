@@ -206,7 +206,7 @@ def make_trainer(
         picked = picked[np.argsort(prepared.lengths("validation")[0][picked], kind="stable")]  # little to pad
         validation = Rows(validation.select(picked, keep_in_memory=True))
     world = placement.world_size
-    micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or world)
+    micro_batches = config.micro_batches(world)
     order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
     by_answers = config.metric_for_best != METRIC
     callbacks: list[Any] = [

@@ -80,8 +80,7 @@ def _sampled(config: Config, prepared: Prepared) -> Workload:
 
 
 def _workload(config: Config, source: Source, sequences: int | None, lengths: np.ndarray, mean: float) -> Workload:
-    micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or 1)
-    per_step = round(config.per_device_train_batch_size * micro_batches * mean)
+    per_step = round(config.per_device_train_batch_size * config.micro_batches(1) * mean)
     return Workload(source, sequences, lengths, steps(config, sequences), per_step)
 
 

@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 
-from running import small_config, write_rows
+from running import MODEL_AND_DATA, small_config, write_rows
 from tiny import tiny_model
 
 pytestmark = pytest.mark.slow
-
-MODEL_AND_DATA = {
-    "hf_model_id": "base",
-    "device": "cpu",
-    "max_seq_length": "96",
-    "hfdc_dataset_name": "rows.jsonl",
-    "hfdc_input_template": "Question: {question}\\nAnswer: ",
-    "hfdc_output_template": "{answer}",
-}
 
 
 @pytest.fixture(scope="module")

@@ -24,21 +24,12 @@ from manta.cli import main
 from manta.config import Config
 from manta.lease import Lease
 from manta.runs import Run, checkpoint_path
-from running import write_rows
+from running import MODEL_AND_DATA, write_rows
 from served import run_over
 from tiny import tiny_model, tiny_tokenizer
 from troubleshooting import check
 
 pytestmark = pytest.mark.slow
-
-GOOD = {
-    "hf_model_id": "base",
-    "device": "cpu",
-    "max_seq_length": "96",
-    "hfdc_dataset_name": "rows.jsonl",
-    "hfdc_input_template": "Question: {question}\\nAnswer: ",
-    "hfdc_output_template": "{answer}",
-}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +84,7 @@ def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def flags(verb: str, settings: dict[str, str]) -> list[str]:
-    good = GOOD if verb in ("train", "prepare") and "resume" not in settings else {}
+    good = MODEL_AND_DATA if verb in ("train", "prepare") and "resume" not in settings else {}
     return [verb, *(f"--{name}={value}" for name, value in (good | settings).items())]
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import urllib.request
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -54,8 +55,12 @@ def test_a_scrape_says_how_far_the_run_is_at_that_moment():
 
 
 def test_nobody_listens_unless_asked():
+    def listening() -> list[tuple[str, int]]:
+        return [each.laddr for each in psutil.Process().net_connections() if each.status == psutil.CONN_LISTEN]
+
+    before = listening()
     with served(Status("a"), "127.0.0.1", 0):
-        pass
+        assert listening() == before
 
 
 def test_a_host_that_is_not_ours_is_a_message():
