@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from manta import lease, manifest, storage
+from manta.config import GENERATED
 from manta.errors import ConfigError
 from manta.runs import METRIC, Run
 from manta.snapshot import DAMAGED
@@ -59,17 +61,8 @@ def print_run(run: Run, console: Console) -> None:
         console.print(f"driver: process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")
     for event in run.events():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
-        if event["kind"] == "attempt":
-            console.print(
-                f"{when}  attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}"
-            )
-        elif event["kind"] == "failure":
-            cause = event["cause"].replace("_", " ")
-            console.print(
-                f"{when}  ended after step {event['step']}: {cause}: {event['text']}", markup=False, soft_wrap=True
-            )
-        elif event["kind"] in ("note", "setup"):
-            console.print(f"{when}  {event['text']}", markup=False, soft_wrap=True)
+        if event["kind"] not in ("checkpoint", "validation") and (text := in_words(event)):  # told with checkpoints
+            console.print(f"{when}  {text}", markup=False, soft_wrap=True)
     if (result := run.result()) and result["failure"]:
         console.print(f"failed: {result['failure']}", markup=False, soft_wrap=True)
     best, latest, told = run.best(), run.latest(), run.validations()
@@ -80,6 +73,21 @@ def print_run(run: Run, console: Console) -> None:
             figures[run.metric] = found[run.metric]
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         console.print("  ".join(["", checkpoint.path.name, shown, ", ".join(marks)]).rstrip())
+
+
+def in_words(event: dict[str, Any]) -> str | None:
+    """One line of events.jsonl for who reads it afterwards; None for one that says nothing."""
+    if event["kind"] == "attempt":
+        workers = f"{event['world_size']} worker{'s' * (event['world_size'] != 1)}"
+        return f"attempt {event['attempt']}: {workers}, from step {event['step']}"
+    if event["kind"] == "failure":
+        return f"ended after step {event['step']}: {event['cause'].replace('_', ' ')}: {event['text']}"
+    if event["kind"] == "validation":
+        told = ", ".join(f"{name} {event[name]:.4g}" for name in sorted(GENERATED & event.keys()))
+        return f"answers of step {event['step']}: {told}"
+    if event["kind"] == "checkpoint":
+        return f"checkpoint of step {event['step']}"
+    return event.get("text")
 
 
 def verify(run: Run, console: Console) -> int:

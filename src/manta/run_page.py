@@ -17,6 +17,7 @@ from manta.data.source import SPLITS
 from manta.dataset_config import HFDatasetConfig
 from manta.errors import UserError
 from manta.facts import duration, moment, number, size
+from manta.history import in_words
 from manta.page import render
 from manta.plots import HALF, Mark
 from manta.preparation import absolute
@@ -174,25 +175,11 @@ def _attempts(it: Record) -> list[dict[str, Any]]:
 
 def _happened(it: Record) -> list[tuple[str, str, str]]:
     """(when, how much it matters, what), oldest first."""
-    found = []
-    for event in it.events:
-        level = ""
-        if event["kind"] == "attempt":
-            workers = f"{event['world_size']} worker{'s' * (event['world_size'] != 1)}"
-            text = f"attempt {event['attempt']}: {workers}, from step {event['step']}"
-        elif event["kind"] == "failure":
-            cause = event["cause"].replace("_", " ")
-            level, text = "error", f"ended after step {event['step']}: {cause}: {event['text']}"
-        elif event["kind"] == "validation":
-            told = ", ".join(f"{name} {event[name]:.4g}" for name in sorted(GENERATED & event.keys()))
-            text = f"answers of step {event['step']}: {told}"
-        elif event["kind"] == "checkpoint":
-            text = f"checkpoint of step {event['step']}"
-        elif "text" in event:
-            text = event["text"]
-        else:
-            continue
-        found.append((moment(event["time"]), level, text))
+    found = [
+        (moment(event["time"]), "error" if event["kind"] == "failure" else "", text)
+        for event in it.events
+        if (text := in_words(event))
+    ]
     if it.result.get("failure"):
         found.append(("", "error", f"failed: {it.result['failure']}"))
     return found
