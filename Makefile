@@ -19,8 +19,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## the whole of Manta in five minutes
 	$(BIN)/manta demo
 
-test: install  ## every test
-	$(BIN)/pytest
+test: install  ## every test: most of them two at a time, and then those that want the machine alone
+	@status=0; \
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not faults and not alone' || status=$$?; \
+	$(BIN)/pytest -m 'alone and not faults' || status=$$?; \
+	exit $$status
 
 test-fast: install  ## the tests that take seconds
 	$(BIN)/pytest -m 'not slow'

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from manta import __version__, diagnosis, quiet
+from manta import __version__, diagnosis, imports, quiet
 from manta.cli_convert import convert
 from manta.cli_evaluate import evaluate
 from manta.cli_options import VERBOSE, console
@@ -138,6 +138,7 @@ def main() -> None:
     The stages run in this order; each leaves a folder that the next one reads.
     """
     quiet.hush()
+    imports.leave_quickly()
 
 
 def _train(resume: str | None, **flags: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from manta.progress import find_mailbox
 
 SAVE_BEFORE_RESIZE_S = 30
 _ANSWER_S = 30
+_DEATH_IS_SEEN_S = 2
 
 # What the others say when one worker is gone: never the reason.
 _COLLATERAL = re.compile(
@@ -54,8 +56,10 @@ class Supervisor(WorkerGroupCallback, ControllerCallback, ReportCallback):
         self.group = worker_group
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        errors = worker_group_status.errors
+        errors = dict(worker_group_status.errors)
         if errors.keys() - self.known:
+            if all(_explain(rank, error)[1] for rank, error in errors.items()):
+                errors |= self._dead(without=errors.keys())
             self.known |= errors.keys()
             self._tell(*explain(errors))
 
@@ -85,6 +89,21 @@ class Supervisor(WorkerGroupCallback, ControllerCallback, ReportCallback):
             if status.finished:
                 return
             time.sleep(0.05)
+
+    def _dead(self, without: Collection[int]) -> dict[int, Exception]:
+        """The ranks whose process is gone: a broken connection is often told of before Ray has seen the death."""
+        limit = time.monotonic() + _DEATH_IS_SEEN_S
+        others = [(rank, one.actor) for rank, one in enumerate(self.group.get_workers()) if rank not in without]
+        found: dict[int, Exception] = {}
+        while others and not found and time.monotonic() < limit:
+            time.sleep(0.1)
+            asked = {actor.__ray_ready__.remote(): rank for rank, actor in others}
+            for answer in ray.wait(list(asked), num_returns=len(asked), timeout=_DEATH_IS_SEEN_S)[0]:
+                try:
+                    ray.get(answer)
+                except RayActorError as error:
+                    found[asked[answer]] = WorkerHealthCheckFailedError("its process is gone", error)
+        return found
 
     def _tell(self, cause: Cause, text: str) -> None:
         mailbox: Any = find_mailbox(self.mailbox)

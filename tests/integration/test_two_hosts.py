@@ -22,6 +22,7 @@ from running import small_config, wait_for
 from s3 import variables
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(hosts.unavailable() is not None, reason=str(hosts.unavailable())),
 ]

@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy_and_is_quick(verb):
             if seconds is ours:
                 assert done.stdout.splitlines()[-1] == "[]"
                 assert "Usage:" in done.stdout
-    assert min(ours) < 4 * min(bare)
+    assert min(ours) < 8 * min(bare)  # `import torch` alone takes some 20
 
 
 def test_every_setting_has_a_flag_with_its_help():
