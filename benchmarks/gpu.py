@@ -4,9 +4,10 @@
 
 Weights are random, made on the device, in the shape of Llama-3-8B (LoRA of rank 16) and Qwen3-1.7B (every weight
 trained); batches are packs of 4,096 tokens, documents of 200 to 1,500. First, on the device: attention per document
-against torch's own with a mask, and a packed loss against the documents alone. Then each arm steps in a process of its
-own, in the order A B B A: Manta's trainer with what `auto` chooses, and TRL's SFTTrainer with packing. `--toy` is the
-same on a CPU with a small shape. Results go to benchmarks/results/<date>-gpu.{json,md}.
+against torch's own with a mask, a packed document against the same alone, and the fused loss against the one from
+logits. Then each arm steps in a process of its own, in the order A B B A: Manta's trainer with what `auto` chooses, and
+TRL's SFTTrainer with packing. `--toy` is the same on a CPU with a small shape.
+Results go to benchmarks/results/<date>-gpu.{json,md}.
 
 Model FLOPs: 6 N a token for full fine-tuning, 4 N for LoRA, whose frozen weights get no gradients (N: parameters in
 matrices, the output's included), and for attention, which is causal, 6 · layers · hidden · length of the token's
@@ -79,7 +80,8 @@ def check(device: str) -> dict[str, float]:
     """Largest differences on this device, relative to the largest value. Raises SystemExit over 2 %."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    from manta import attention
+    from manta import attention, loss
+    from manta.config import Config
 
     torch.manual_seed(0)
     lengths = [700, 1, 64, 259] if device == "cuda" else [70, 1, 25]
@@ -106,13 +108,23 @@ def check(device: str) -> dict[str, float]:
         packed = network(input_ids=ids, position_ids=positions).logits[:, 40:]
         alone = network(input_ids=ids[:, 40:], position_ids=positions[:, 40:]).logits
     found["a packed document"] = _gap(packed, alone)
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        value = network(input_ids=ids, labels=ids).loss
+        return value, torch.autograd.grad(value, network.get_input_embeddings().weight)[0]
+
+    whole = loss_and_gradient()
+    loss.settle(network, Config(hf_model_id="toy", fused_loss="on"), device)
+    gaps = [_gap(fused, plain) for fused, plain in zip(loss_and_gradient(), whole, strict=True)]
+    found |= dict(zip(("a fused loss", "and its gradient"), gaps, strict=True))
     if max(found.values()) > 0.02:
-        raise SystemExit(f"Attention per document is wrong on this device: {found}")
+        raise SystemExit(f"Attention per document or the fused loss is wrong on this device: {found}")
     return found
 
 
 def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+    ours, theirs = ours.detach().float(), theirs.detach().float()
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 # --- Then: how fast?
@@ -120,7 +132,7 @@ def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def manta(job: dict[str, Any]) -> dict[str, Any]:
     """MantaTrainer with what `auto` chooses; the model alone is made here instead of being loaded."""
-    from manta import activations, architecture, attention, memory, model
+    from manta import activations, architecture, attention, loss, memory, model
     from manta.config import Config
     from manta.data.batches import Rows, SampleOrder
     from manta.data.packing import Packs
@@ -147,6 +159,7 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else torch.bfloat16, chosen)
     network = model.adapted(base, config, placement)
     layout = model.settle_layout(network, config, placement)
+    loss.settle(network, config, device.type)
     recomputed = memory.settle(config, placement, Shape(1, job["capacity"], layout))
     activations.recompute(network, recomputed[0])
     packs = documents(job["capacity"], job["steps"], job["shape"]["vocab_size"])

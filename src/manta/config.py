@@ -50,6 +50,9 @@ class Config(BaseModel):
         False,
         description="Compile the layers some steps into the run, and say whether that pays; undone if it does not",
     )
+    fused_loss: Literal["auto", "on", "off"] = Field(
+        "auto", description="Loss and its gradient without logits of all tokens at once; auto: on CUDA"
+    )
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
 
     # --- Training

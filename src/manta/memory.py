@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from manta import architecture, attention, checkpoint, model
+from manta import architecture, attention, checkpoint, loss, model
 from manta.activations import Recomputed, recompute
 from manta.config import Config
 from manta.data.batches import Layout, most_tokens
@@ -145,7 +145,9 @@ def bare_network(config: Config, placement: Placement, shape: Shape) -> Any:
     plain = "sdpa" if asked in ("auto", attention.DOCUMENTS) or asked.startswith("flash") else asked
     bare.set_attn_implementation(attention.DOCUMENTS if shape.layout == "joined" else plain)
     with torch.random.fork_rng(devices=[]):
-        return model.adapted(bare, config, placement).train()
+        network = model.adapted(bare, config, placement).train()
+    loss.settle(network, config, placement.device.type)
+    return network
 
 
 def accumulates(config: Config, placement: Placement) -> bool:

@@ -7,7 +7,6 @@ and each worker reads only its own shards, so that host memory does not grow wit
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,14 +132,6 @@ def adapted(base: Any, config: Config, placement: Placement, weights: Path | Non
 def autocast(placement: Placement) -> Any:
     """The context in which the model is computed, as the library's Trainer opens it."""
     return torch.autocast(placement.device.type, placement.dtype, enabled=placement.dtype != torch.float32)
-
-
-def keeps_logits(model: Any) -> bool:
-    """Whether logits can be computed for trained positions alone: the library's usual forward and loss."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    base = _base(model)
-    return "logits_to_keep" in inspect.signature(base.forward).parameters and base.loss_function is ForCausalLMLoss
 
 
 def sharding(model: Any) -> dict[str, int]:

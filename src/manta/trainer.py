@@ -28,7 +28,8 @@ from manta.config import Config
 from manta.data.batches import MASKED, EvalBatches, Layout, Rows, SampleOrder, TrainBatches, collate
 from manta.data.tokenize import IGNORE
 from manta.errors import NonFiniteError, UserError
-from manta.model import Placement, keeps_logits
+from manta.loss import keeps_logits
+from manta.model import Placement
 from manta.runs import METRIC, Run, checkpoint_path
 from manta.saver import Saver
 

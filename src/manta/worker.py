@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray import train
 
-from manta import activations, checkpoint, copies, diagnosis, memory, model, progress, quiet, storage
+from manta import activations, checkpoint, copies, diagnosis, loss, memory, model, progress, quiet, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -103,13 +103,14 @@ def _train(
     network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
     model.assert_sharded(network, config, placement)
     layout = model.settle_layout(network, config, placement)
+    fused = loss.settle(network, config, placement.device.type)
     divided = _divided(config, verdict["split"])
     batch = divided.per_device_train_batch_size
     lengths = np.full(batch, config.max_seq_length) if config.packing else prepared.lengths("training")[0]
     largest = memory.largest(lengths, batch, layout)
     recomputed = memory.settle(divided, placement, largest)
     activations.recompute(network, recomputed[0])
-    _tell(mailbox, rank, network, placement, layout, recomputed)
+    _tell(mailbox, rank, network, placement, layout, fused, recomputed)
     committed = copy.committed if copy else start
     saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
     trainer = make_trainer(config, run, prepared, network, saver, start, placement, layout, mailbox, verdict["split"])
@@ -150,6 +151,7 @@ def _tell(
     network: Any,
     placement: model.Placement,
     layout: Layout,
+    fused: bool,
     recomputed: tuple[activations.Recomputed, str],
 ) -> None:
     """What was chosen for this model and machine."""
@@ -159,12 +161,13 @@ def _tell(
         "dtype": str(placement.dtype).removeprefix("torch."),
         "attention": network.config._attn_implementation,
         "layout": layout,
+        "fused_loss": fused,
         "gradient_checkpointing": recomputed[0],
     }
     padding = "padded" if layout == "padded" else "without padding"
     text = (
-        f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, gradient checkpointing "
-        f"{recomputed[0]} ({recomputed[1]})"
+        f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, {'fused loss, ' * fused}"
+        f"gradient checkpointing {recomputed[0]} ({recomputed[1]})"
     )
     mailbox.put.remote({"kind": "setup", "text": text, **chosen, "versions": versions()})
 

@@ -96,3 +96,19 @@ def test_a_step_over_all_samples_is_the_same_packed_or_not(folder):
     assert max_gap(logged(packed, "loss"), logged(single, "loss")) <= 1e-5
     assert max_gap(logged(packed, "grad_norm"), logged(single, "grad_norm")) <= 1e-4
     assert logged(packed, "grad_norm")[1] > 0.1
+
+
+@pytest.mark.parametrize("full_ft", [False, True], ids=["lora", "full"])
+def test_a_fused_loss_trains_alike(folder, full_ft):
+    """On sharded weights, of which the output matrix is whole only inside the model."""
+    runs = {
+        how: run_of(train(small_config(folder, fused_loss=how, full_ft=full_ft, max_steps=4, eval_steps=4)))
+        for how in ("on", "off")
+    }
+    assert [event["fused_loss"] for how in runs for event in runs[how].events() if event["kind"] == "setup"] == [
+        True,
+        False,
+    ]
+    for name, near in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+        assert max_gap(logged(runs["on"], name), logged(runs["off"], name)) <= near
+    assert logged(runs["on"], "grad_norm")[1] > 0.1

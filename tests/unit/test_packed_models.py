@@ -32,6 +32,7 @@ from manta.data.batches import MASKED, Layout, Rows, collate
 from manta.data.packing import Packs, pack
 from manta.data.tokenize import IGNORE
 from manta.errors import UserError
+from manta.loss import keeps_logits
 
 VOCABULARY, CAPACITY, WINDOW = 96, 48, 6
 HERE = model.Placement(torch.device("cpu"))
@@ -176,7 +177,7 @@ def test_the_window_of_gemmas_local_layers_matters_here(samples):
 def test_packed_gradients_are_those_of_the_documents_alone(name, layout, attention, picked, samples, packs):
     """Of the loss as the training loop has it: the sum over a step's tokens, by their number."""
     network, rows = made(MODELS[name](), attention), Rows(samples, packs)
-    assert model.keeps_logits(network)
+    assert keeps_logits(network)
     batch = batch_of(rows, layout, picked)
     assert len(batch["input_ids"]) == (1 if layout == "joined" else len(rows) + 1)
     tokens = int((batch["labels"][:, 1:] != IGNORE).sum())
