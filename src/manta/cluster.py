@@ -85,6 +85,14 @@ def connected(config: Config) -> Iterator[None]:
             f"Python {ours[1]}: they must be the same. Here: pip install 'ray=={theirs[0]}' under that Python, or "
             "start the cluster with ours."
         ) from error
+    except Exception as error:  # Ray's own has no type
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            f"Ray did not start within its 30 s: this machine is busy (load {os.getloadavg()[0]:.0f} on "
+            f"{os.cpu_count()} CPUs), or the disk of /tmp is slow. End what else runs, or set RAY_TMPDIR; then give the "
+            "command again."
+        ) from error
     try:
         for name in ("ray.data", "ray.train", "ray"):
             logging.getLogger(name).setLevel(level)

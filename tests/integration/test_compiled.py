@@ -11,6 +11,7 @@ from manta.train import train
 from running import lines, logged, max_gap, run_of, small_config
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which is not here"),
