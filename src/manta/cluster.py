@@ -90,7 +90,7 @@ def connected(config: Config) -> Iterator[None]:
             raise
         raise UserError(
             f"Ray did not start within its 30 s: this machine is busy (load {os.getloadavg()[0]:.0f} on "
-            f"{os.cpu_count()} CPUs), or the disk of /tmp is slow. End what else runs, or set RAY_TMPDIR; then give the "
+            f"{os.cpu_count()} CPUs), or the disk of /tmp is slow. End what else runs, or set RAY_TMPDIR, and give the "
             "command again."
         ) from error
     try:
