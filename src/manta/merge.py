@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def merge_adapter(
         changed = adapter.changes(model, trained)
     untied = {target: source for target, source in where.tied.items() if {target, source} & changed.keys()}
 
-    @lru_cache(maxsize=2)  # experts.0.down, experts.0.gate, …: two parameters take turns in a file
+    @_made_once
     def product(parameter: str) -> dict[str, torch.Tensor]:
         change = changed[parameter]
         begin = torch.zeros(where.shape(parameter)) if change.value is None else change.value.float()
@@ -78,7 +79,7 @@ def write_full(
     if missing := sorted(where.parameters.keys() - where.whole.keys() - where.parts.keys() - where.tied.keys()):
         raise UserError(f"{trained} lacks {len(missing)} parameters of {base}, such as {missing[0]}.")
 
-    @lru_cache(maxsize=2)
+    @_made_once
     def divided(parameter: str) -> dict[str, torch.Tensor]:
         return where.divide(parameter, weights[parameter].rows(0, where.shape(parameter)[0]))
 
@@ -95,6 +96,19 @@ def write_full(
             planned[next(iter(parts), name)] = _cast(each, precision(name))
     tensors.write(output, planned, max_shard_size)
     _copy_settings(base, output)
+
+
+def _made_once(make: Parts) -> Parts:
+    """For the pieces of several tensors, which threads ask for: experts.0.down, experts.0.gate, … take turns in a file,
+    so that two parameters are kept.
+    """
+    kept, lock = lru_cache(maxsize=2)(make), Lock()
+
+    def made(parameter: str) -> dict[str, torch.Tensor]:
+        with lock:
+            return kept(parameter)
+
+    return made
 
 
 def _plan(

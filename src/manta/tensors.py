@@ -11,9 +11,13 @@ import json
 import math
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX = f"{WEIGHTS_FILE}.index.json"
 _SHARDED = "shard-*-model-*-of-*.safetensors"  # torch's distributed checkpoint: parts of tensors, one file per rank
 _CHUNK = 4 << 20  # bytes
+_MAKERS = 2  # pieces at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -71,12 +76,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write. `content` yields its bytes in order."""
+    """A tensor to write. `pieces` yields what makes its bytes, in order; two are made at once."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    content: Callable[[], Iterator[memoryview]]
+    pieces: Callable[[], Iterator[Callable[[], memoryview]]]
 
 
 def read(folder: Path) -> dict[str, Stored]:
@@ -107,14 +112,14 @@ def _files(folder: Path) -> list[Path]:
 def as_is(stored: Stored) -> Planned:
     """The tensor with the bytes that it has."""
 
-    def content() -> Iterator[memoryview]:
+    def pieces() -> Iterator[Callable[[], memoryview]]:
         (piece,) = stored.pieces
         for done in range(0, piece.nbytes, _CHUNK):
-            yield _bytes(piece.file, piece.start + done, min(_CHUNK, piece.nbytes - done))
+            yield partial(_bytes, piece.file, piece.start + done, min(_CHUNK, piece.nbytes - done))
 
     if len(stored.pieces) > 1:
         return of_rows(stored.dtype, stored.shape, stored.rows)
-    return Planned(stored.dtype, stored.shape, stored.nbytes, content)
+    return Planned(stored.dtype, stored.shape, stored.nbytes, pieces)
 
 
 def of_rows(
@@ -125,12 +130,14 @@ def of_rows(
     width = math.prod(shape[1:])
     step = at_once or max(64, _CHUNK // 4 // max(width, 1) // 64 * 64)  # in 64s: matrix kernels take whole blocks
 
-    def content() -> Iterator[memoryview]:
-        for first in range(0, count, step):
-            made = rows(first, min(first + step, count)).to(DTYPES[dtype]).contiguous()
-            yield memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    def make(first: int) -> memoryview:
+        made = rows(first, min(first + step, count)).to(DTYPES[dtype]).contiguous()
+        return memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
-    return Planned(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize, content)
+    def pieces() -> Iterator[Callable[[], memoryview]]:
+        return (partial(make, first) for first in range(0, count, step))
+
+    return Planned(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize, pieces)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -171,15 +178,28 @@ def _write(path: Path, tensors: dict[str, Planned]) -> None:
         end += each.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:  # a piece is written while the next is computed
-        written = beside.submit(file.write, struct.pack("<Q", len(text)) + text)
-        for name in order:
-            for content in tensors[name].content():
-                written.result()
-                written = beside.submit(file.write, content)
-        written.result()
+    with path.open("wb") as file, _makers() as makers:
+        file.write(struct.pack("<Q", len(text)) + text)
+        waiting: deque[Future[memoryview]] = deque()
+        for piece in chain.from_iterable(tensors[name].pieces() for name in order):
+            waiting.append(makers.submit(piece))
+            if len(waiting) > _MAKERS:
+                file.write(waiting.popleft().result())
+        for each in waiting:
+            file.write(each.result())
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path} has other bytes than its header says")
+
+
+@contextmanager
+def _makers() -> Iterator[Executor]:
+    """Threads that compute with one core each: pieces are too small to be divided further."""
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(_MAKERS, initializer=torch.set_num_threads, initargs=(1,)) as makers:
+        try:
+            yield makers
+        finally:
+            torch.set_num_threads(cores)
 
 
 def _pieces(file: Path) -> Iterator[tuple[str, str, Piece]]:
