@@ -3,13 +3,14 @@
     python benchmarks/merge.py [--folder /dev/shm]
 
 A model of 0.7 billion random parameters in bfloat16 and several files, and an adapter of rank 16 on all its linear
-layers, are made on the spot. Each arm is a process of its own, in the order PEFT, Manta, Manta, PEFT; seconds are those
-of the whole process and, apart, those after its imports. Without verification, hashes or tokenizer, in both arms; what
-`manta convert` takes with them is given besides. Peak memory is VmHWM, which counts file pages that are mapped and
-resident; the peak of anonymous memory alone (RssAnon), looked at every 5 ms, is given too. Every tensor of both
-outputs is compared with W + (B @ A) * scale in float32, cast once. The same for Manta at twice the size, to see that
-memory does not follow the number of files; its adapter has half the rank, hence the same size. `--folder` in memory
-keeps the disk, which both arms write alike, out of the times. Results go to benchmarks/results/<date>-merge.{json,md}.
+layers, are made on the spot. Each arm is a process of its own, three times in the order PEFT, Manta, Manta, PEFT;
+seconds are those of the whole process and, apart, those after its imports. Without verification, hashes or tokenizer,
+in both arms; what `manta convert` takes with them is given besides. Peak memory is VmHWM, which counts file pages that
+are mapped and resident; the peak of anonymous memory alone (RssAnon), looked at every 5 ms, is given too. Every tensor
+of both outputs is compared with W + (B @ A) * scale in float32, cast once. The same for Manta at twice the size, to see
+that memory does not follow the number of files; its adapter has half the rank, hence the same size. `--folder` in
+memory keeps the disk, which both arms write alike, out of the times. Results go to
+benchmarks/results/<date>-merge.{json,md}.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SHARDS = "300MB"
 LAYERS = {"0.7B": 18, "1.4B": 38}
 RANKS = {"0.7B": 16, "1.4B": 8}
 SCALE = 2
+ROUNDS = 3
 
 
 def write_model(folder: Path, layers: int) -> None:
@@ -207,7 +209,7 @@ def main() -> None:
     with TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         report["0.7B"] = make(folder, "0.7B")
-        for arm in ("PEFT", "Manta", "Manta", "PEFT"):
+        for arm in ("PEFT", "Manta", "Manta", "PEFT") * ROUNDS:
             runs.setdefault(arm, []).append(run(arm, folder, keep=f"out-{arm}"))
         report["unequal"] = {arm: unequal(folder, f"out-{arm}") for arm in ("Manta", "PEFT")}
         for arm in ("manta convert --verify false", "manta convert"):
@@ -241,7 +243,8 @@ def _write(report: dict[str, Any]) -> None:
         f"bfloat16, {report['0.7B']['files']} files of {report['0.7B']['bytes'] / 1e9:.2f} GB in all (1.4B: "
         f"{report['1.4B']['files']}, {report['1.4B']['bytes'] / 1e9:.2f} GB); "
         f"rank {RANKS['0.7B']} ({RANKS['1.4B']}) on all linear layers; "
-        f"{where(report)}; each run a process of its own, in the order PEFT, Manta, Manta, PEFT, then the rest.\n\n"
+        f"{where(report)}; each run a process of its own, {ROUNDS} times in the order PEFT, Manta, Manta, PEFT, then "
+        "the rest.\n\n"
         "| | s, whole process | s, after imports | peak MiB (VmHWM) | peak MiB, anonymous |\n|---|---|---|---|---|\n"
         + "".join(rows)
         + f"\nPEFT over Manta, medians: {ratio['seconds']:.2f} in time ({ratio['work_seconds']:.2f} after imports), "
