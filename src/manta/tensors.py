@@ -185,8 +185,8 @@ def _write(path: Path, tensors: dict[str, Planned]) -> None:
             waiting.append(makers.submit(piece))
             if len(waiting) > _MAKERS:
                 file.write(waiting.popleft().result())
-        for each in waiting:
-            file.write(each.result())
+        for left in waiting:
+            file.write(left.result())
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path} has other bytes than its header says")
 
