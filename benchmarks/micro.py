@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from manta import attention, model
+from manta import attention, loss
 from manta.data.batches import collate
 
 RECORD = Path(__file__).with_name("micro.json")
@@ -57,7 +57,7 @@ def of_logits() -> Arms:
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     network = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=16_000))
-    assert model.keeps_logits(network)
+    assert loss.keeps_logits(network)
     labels = np.where(np.arange(256) < 192, -100, 5)
     rows = [{"row": row, "input_ids": np.arange(256), "labels": labels, "starts": [0]} for row in range(4)]
 
