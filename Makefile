@@ -19,10 +19,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## the whole of Manta in five minutes
 	$(BIN)/manta demo
 
-test: install  ## every test: most of them two at a time, and then those that want the machine alone
+test: install  ## every test: of units two at a time, of what starts clusters one by one
 	@status=0; \
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not faults and not alone' || status=$$?; \
-	$(BIN)/pytest -m 'alone and not faults' || status=$$?; \
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit || status=$$?; \
+	$(BIN)/pytest tests/faults tests/integration || status=$$?; \
 	exit $$status
 
 test-fast: install  ## the tests that take seconds

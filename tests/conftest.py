@@ -9,14 +9,6 @@ import pytest
 from running import CANARY
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo is made once in a session: tests that look at it stay in one."""
-    for item in items:
-        if "demo" in getattr(item, "fixturenames", ()):
-            item.add_marker("alone")
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, which `manta.train.train` uses as it finds it. Two CPUs: two workers fit.

@@ -17,7 +17,7 @@ GSM8K = BENCHMARKS.parents[1] / "shared" / "data" / "gsm8k"
 sys.path.append(str(BENCHMARKS))
 import micro  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 def bench(*arguments: str) -> str:

@@ -11,7 +11,6 @@ from manta.train import train
 from running import lines, logged, max_gap, run_of, small_config
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which is not here"),

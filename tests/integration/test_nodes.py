@@ -24,7 +24,7 @@ from manta.runs import Run
 from running import lines, logged, max_gap, order_of, small_config
 from tiny import tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS = 1200
 SAVE = 100

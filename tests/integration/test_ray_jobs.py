@@ -27,7 +27,7 @@ from manta.launch.config import LaunchConfig
 from manta.runs import Run
 from running import CANARY, small_config, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 STEPS, SAVE = 150, 10

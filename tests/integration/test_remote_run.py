@@ -26,7 +26,7 @@ from manta.train import train
 from running import logged, max_gap, order_of, run_of, small_config, wait_for
 from s3 import s3_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS, SAVE = 180, 20
 

@@ -27,7 +27,6 @@ from s3 import variables
 from troubleshooting import check
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(hosts.unavailable() is not None, reason=str(hosts.unavailable())),
 ]

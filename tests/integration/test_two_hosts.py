@@ -22,7 +22,6 @@ from running import small_config, wait_for
 from s3 import variables
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(hosts.unavailable() is not None, reason=str(hosts.unavailable())),
 ]
