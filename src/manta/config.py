@@ -36,8 +36,7 @@ class Config(BaseModel):
     hf_model_id: str = Field("Qwen/Qwen3-8B", min_length=1, description="Base model: hub name or local folder")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Compute precision; auto: bfloat16 where the hardware has it. What is trained stays float32",
+        "auto", description="Compute precision; auto: bfloat16 where hardware has it. What is trained stays float32"
     )
     attn_implementation: str = Field(
         "auto", description="auto, documents, sdpa, eager, flash_attention_2; auto: what takes a batch without padding"
@@ -47,8 +46,7 @@ class Config(BaseModel):
         description="What backward computes again to save memory: nothing, all but matrix products, all; auto: by need",
     )
     torch_compile: bool = Field(
-        False,
-        description="Compile the layers some steps into the run, and say whether that pays; undone if it does not",
+        False, description="Compile the layers some steps into the run; undone, and said, if it does not pay"
     )
     fused_loss: Literal["auto", "on", "off"] = Field(
         "auto", description="Loss and its gradient without logits of all tokens at once; auto: on CUDA"
@@ -121,8 +119,7 @@ class Config(BaseModel):
     save_total_limit: int = Field(2, ge=1, description="Best checkpoints kept; the newest is kept besides")
     async_save: bool = Field(True, description="Write checkpoints beside training instead of waiting for them")
     step_copies: Literal["auto", "every", "off"] = Field(
-        "auto",
-        description="Copy what is trained to two nodes' memory; auto: as often as costs at most 3 %; every step; off",
+        "auto", description="Copy what is trained to two nodes' memory; auto: as often as costs at most 3 %"
     )
 
     # --- Data
@@ -321,7 +318,7 @@ class Config(BaseModel):
 NOT_SHAPING = frozenset(
     (
         *("resume_from_checkpoint", "stop_at_step", "logging_steps", "save_steps", "save_total_limit"),
-        *("async_save", "step_copies", "spare_workers"),
+        *("async_save", "step_copies", "spare_workers", "fused_loss"),
         *("device", "num_workers", "resources_per_worker", "placement_strategy", "ray_address", "num_proc"),
         *("sharding_strategy", "fsdp_cpu_offload", "gradient_checkpointing", "attn_implementation", "max_failures"),
         *("data_dir", "results_dir", "run_name", "logging_dir", "report_to", "use_wandb", "trust_remote_code"),

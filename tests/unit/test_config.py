@@ -123,6 +123,7 @@ ELSEWHERE = {
     "trust_remote_code": True,
     "attn_implementation": "eager",
     "gradient_checkpointing": "none",
+    "fused_loss": "off",
     "resume_from_checkpoint": False,
     "stop_at_step": 5,
     "per_device_eval_batch_size": 7,
