@@ -14,6 +14,15 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 BOS = "<|begin|>"
 
+SIZES: dict[str, Any] = {  # of a model of which only the arithmetic matters
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
 # How Qwen divides text before it merges: blank lines stay together, a word takes the space before it.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -15,9 +15,18 @@ import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import linear_cross_entropy, pad
 
+from manta import architecture
 from manta.config import Config
 from manta.data.tokenize import IGNORE
 from manta.errors import UserError
+from manta.model import Placement, adapted, base_of
+
+
+def check(config: Config) -> None:
+    """Before a worker starts: raises UserError if the loss is to be fused and cannot be. Loads no weights."""
+    if config.fused_loss == "on":
+        bare = architecture.skeleton(config)
+        settle(adapted(bare, config, Placement(torch.device("cpu"))), config, "cpu")
 
 
 def settle(model: Any, config: Config, device: str) -> bool:
@@ -25,7 +34,7 @@ def settle(model: Any, config: Config, device: str) -> bool:
     if config.fused_loss == "off" or config.use_liger_kernel or (config.fused_loss == "auto" and device != "cuda"):
         return False
     if (obstacle := _obstacle(model)) is None:
-        _fuse(_base(model))
+        _fuse(base_of(model))
     elif config.fused_loss == "on":
         raise UserError(f"The loss of {config.hf_model_id} cannot be fused: {obstacle}. Leave out --fused_loss.")
     return obstacle is None
@@ -35,14 +44,14 @@ def keeps_logits(model: Any) -> bool:
     """Whether logits can be computed for trained positions alone: the library's usual forward and loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    base = _base(model)
+    base = base_of(model)
     usual = base.loss_function is ForCausalLMLoss or isinstance(base.loss_function, _Fused)
     return usual and "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _obstacle(model: Any) -> str | None:
     """What lies between the output matrix and the loss; None if nothing does."""
-    base = _base(model)
+    base = base_of(model)
     if not keeps_logits(base):
         return "it has a forward or a loss of its own"
     if type(base.get_output_embeddings()) is not torch.nn.Linear:
@@ -90,7 +99,3 @@ class _Fused:
             options=LinearCrossEntropyOptions(),
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -99,7 +99,7 @@ def write_full(
 
 
 def _made_once(make: Parts) -> Parts:
-    """For the pieces of several tensors, which threads ask for: experts.0.down, experts.0.gate, … take turns in a file,
+    """For the chunks of several tensors, which threads ask for: experts.0.down, experts.0.gate, … take turns in a file,
     so that two parameters are kept.
     """
     kept, lock = lru_cache(maxsize=2)(make), Lock()

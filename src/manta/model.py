@@ -89,7 +89,7 @@ def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
     if problem is None:
         return layout
     if config.attn_implementation == "auto":
-        _base(model).set_attn_implementation("sdpa")
+        base_of(model).set_attn_implementation("sdpa")
         if not config.packing:
             return "padded"
         problem = _seen_through(model, config, placement, "packed")
@@ -215,7 +215,8 @@ def _seen_through(model: Any, config: Config, placement: Placement, layout: Layo
     )
 
 
-def _base(model: Any) -> Any:
+def base_of(model: Any) -> Any:
+    """The library's own model, without what adapters put around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -276,7 +277,7 @@ def _distributed(config: Config, placement: Placement, bare: PreTrainedModel) ->
 
 def layer_names(model: Any) -> set[str]:
     """Names of the decoder layers: the modules that their own library says are not to be split."""
-    kinds = set(_base(model)._no_split_modules or ())
+    kinds = set(base_of(model)._no_split_modules or ())
 
     def is_layer(module: torch.nn.Module) -> bool:  # fully_shard puts a class of its own before the layer's
         return any(kind.__name__ in kinds for kind in type(module).__mro__)

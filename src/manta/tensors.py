@@ -31,7 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX = f"{WEIGHTS_FILE}.index.json"
 _SHARDED = "shard-*-model-*-of-*.safetensors"  # torch's distributed checkpoint: parts of tensors, one file per rank
 _CHUNK = 4 << 20  # bytes
-_MAKERS = 2  # pieces at once
+_MAKERS = 2  # chunks at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -76,12 +76,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write. `pieces` yields what makes its bytes, in order; two are made at once."""
+    """A tensor to write. `chunks` yields what makes its bytes, in order; two are made at once."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    pieces: Callable[[], Iterator[Callable[[], memoryview]]]
+    chunks: Callable[[], Iterator[Callable[[], memoryview]]]
 
 
 def read(folder: Path) -> dict[str, Stored]:
@@ -112,14 +112,14 @@ def _files(folder: Path) -> list[Path]:
 def as_is(stored: Stored) -> Planned:
     """The tensor with the bytes that it has."""
 
-    def pieces() -> Iterator[Callable[[], memoryview]]:
+    def chunks() -> Iterator[Callable[[], memoryview]]:
         (piece,) = stored.pieces
         for done in range(0, piece.nbytes, _CHUNK):
             yield partial(_bytes, piece.file, piece.start + done, min(_CHUNK, piece.nbytes - done))
 
     if len(stored.pieces) > 1:
         return of_rows(stored.dtype, stored.shape, stored.rows)
-    return Planned(stored.dtype, stored.shape, stored.nbytes, pieces)
+    return Planned(stored.dtype, stored.shape, stored.nbytes, chunks)
 
 
 def of_rows(
@@ -134,10 +134,10 @@ def of_rows(
         made = rows(first, min(first + step, count)).to(DTYPES[dtype]).contiguous()
         return memoryview(made.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
-    def pieces() -> Iterator[Callable[[], memoryview]]:
+    def chunks() -> Iterator[Callable[[], memoryview]]:
         return (partial(make, first) for first in range(0, count, step))
 
-    return Planned(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize, pieces)
+    return Planned(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize, chunks)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -181,8 +181,8 @@ def _write(path: Path, tensors: dict[str, Planned]) -> None:
     with path.open("wb") as file, _makers() as makers:
         file.write(struct.pack("<Q", len(text)) + text)
         waiting: deque[Future[memoryview]] = deque()
-        for piece in chain.from_iterable(tensors[name].pieces() for name in order):
-            waiting.append(makers.submit(piece))
+        for chunk in chain.from_iterable(tensors[name].chunks() for name in order):
+            waiting.append(makers.submit(chunk))
             if len(waiting) > _MAKERS:
                 file.write(waiting.popleft().result())
         for left in waiting:
@@ -193,7 +193,7 @@ def _write(path: Path, tensors: dict[str, Planned]) -> None:
 
 @contextmanager
 def _makers() -> Iterator[Executor]:
-    """Threads that compute with one core each: pieces are too small to be divided further."""
+    """Threads that compute with one core each: chunks are too small to be divided further."""
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(_MAKERS, initializer=torch.set_num_threads, initargs=(1,)) as makers:
         try:

@@ -65,10 +65,11 @@ def _train(
         refuse_if_held(run.path)
         cluster.check_device_before_start(config)
         with imports.quickly():
-            from manta import architecture, extras
+            from manta import architecture, extras, loss
 
             extras.check(config)
             architecture.check(config)
+            loss.check(config)
         prepared, parts = prepare.locate(config)
         if run.config_file.exists() and run.prepared().name != prepared.path.name:
             raise ConfigError(

@@ -26,33 +26,24 @@ from manta.errors import UserError
 from manta.model import Placement
 from manta.simulation import Shape
 from running import small_config
+from tiny import SIZES
 
 VOCABULARY = 300
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SHAPE = {**SIZES, "vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 PLAIN = {
-    "qwen3, tied": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "llama": lambda: LlamaConfig(**SIZES),
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True),
+    "qwen3, tied": lambda: Qwen3Config(**SHAPE, tie_word_embeddings=True),
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, output_router_logits=True),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **NO_DROPOUT
     ),
 }
 CHANGED = {
-    "gemma2": lambda: Gemma2Config(**SIZES),
-    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=8.0),
+    "gemma2": lambda: Gemma2Config(**SHAPE),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=8.0),
     "cohere": lambda: CohereConfig(
-        **{name: size for name, size in SIZES.items() if name != "head_dim"}, eos_token_id=1
+        **{name: size for name, size in SHAPE.items() if name != "head_dim"}, eos_token_id=1
     ),
 }
 
@@ -139,6 +130,15 @@ def test_what_lies_between_is_seen(name):
     assert not loss.settle(network, asked("auto"), "cuda")
     with pytest.raises(UserError, match="the-model cannot be fused: it changes its logits"):
         loss.settle(network, asked("on"), "cpu")
+
+
+def test_it_is_seen_before_a_worker_starts(tmp_path):
+    made(CHANGED["granite"]()).save_pretrained(tmp_path / "granite")
+    plain = small_config(tmp_path, fused_loss="on")
+    loss.check(plain)
+    for update in ({"hf_model_id": str(tmp_path / "granite")}, {"lora_target_modules": "lm_head"}):
+        with pytest.raises(UserError, match="cannot be fused"):
+            loss.check(plain.model_copy(update=update))
 
 
 def test_an_adapter_on_the_head_is_seen():

@@ -33,17 +33,13 @@ from manta.data.packing import Packs, pack
 from manta.data.tokenize import IGNORE
 from manta.errors import UserError
 from manta.loss import keeps_logits
+from tiny import SIZES
 
 VOCABULARY, CAPACITY, WINDOW = 96, 48, 6
 HERE = model.Placement(torch.device("cpu"))
-SIZES = {
+SHAPE = {
+    **SIZES,
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,  # of the default size, attention hardly shows in the loss
     "bos_token_id": None,
@@ -51,14 +47,14 @@ SIZES = {
     "pad_token_id": None,
 }
 MODELS: dict[str, Callable[[], Any]] = {
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "llama": lambda: LlamaConfig(**SHAPE),
     "gemma3": lambda: Gemma3TextConfig(
-        **SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+        **SHAPE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
     ),
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=False),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, output_router_logits=False),
     "qwen3-moe": lambda: Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=False
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=False
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1
@@ -310,5 +306,5 @@ def test_what_it_would_leave_out_is_refused():
             attention.documents(torch.nn.Module(), query, query, query, None, **{name: torch.ones(2)})
     with pytest.raises(ValueError, match="to generate"):
         attention.documents(torch.nn.Module(), query[:, :, :1], query, query, None)
-    assert not attention.serves(made(Gemma2Config(**SIZES, attn_logit_softcapping=50.0), "eager"))
+    assert not attention.serves(made(Gemma2Config(**SHAPE, attn_logit_softcapping=50.0), "eager"))
     assert attention.serves(made(MODELS["qwen3"](), "sdpa"))
