@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from faults.disk import small_disk
+from faults.job import MARK, kill_marked
 from manta.cli import main
 from running import small_config, write_rows
 from tiny import tiny_model
@@ -123,7 +126,7 @@ sys.stdin.read()
 """
 
 
-def elsewhere(folder: Path, address: str) -> tuple[str, int]:
+def command(folder: Path, **more: object) -> list[str]:
     small_config(folder)  # the rows
     flags = {
         "hf_model_id": folder / "plain",
@@ -133,12 +136,31 @@ def elsewhere(folder: Path, address: str) -> tuple[str, int]:
         "max_seq_length": 96,
         "results_dir": folder / "elsewhere",
         "data_dir": folder / "prepared",
-        "ray_address": address,
+        **more,
     }
     tiny_model(folder / "plain")
-    command = [sys.executable, "-m", "manta", "train", *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, env={**os.environ, **NO_TOKEN}, capture_output=True, text=True, timeout=150)
+    return [sys.executable, "-m", "manta", "train", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def elsewhere(folder: Path, address: str) -> tuple[str, int]:
+    environment, line = {**os.environ, **NO_TOKEN}, command(folder, ray_address=address)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=150)
     return done.stderr, done.returncode
+
+
+def test_ray_that_does_not_start(folder):
+    """Its raylet is stopped as soon as it is there."""
+    environment = {**os.environ, **NO_TOKEN, MARK: "slow"}
+    with subprocess.Popen(command(folder), env=environment, stderr=subprocess.PIPE, text=True) as driver:
+        try:
+            own = psutil.Process(driver.pid)
+            while not (raylets := [each for each in own.children() if each.name() == "raylet"]):
+                assert driver.poll() is None
+                time.sleep(0.05)
+            raylets[0].suspend()
+            check("Ray does not start", driver.communicate(timeout=120)[1], driver.returncode)
+        finally:
+            kill_marked("slow")
 
 
 def test_there_is_no_ray(folder):
