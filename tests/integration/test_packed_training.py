@@ -101,8 +101,9 @@ def test_a_step_over_all_samples_is_the_same_packed_or_not(folder):
 @pytest.mark.parametrize("full_ft", [False, True], ids=["lora", "full"])
 def test_a_fused_loss_trains_alike(folder, full_ft):
     """On sharded weights, of which the output matrix is whole only inside the model."""
+    asked = {"full_ft": full_ft, "max_steps": 4, "eval_steps": 4}
     runs = {
-        how: run_of(train(small_config(folder, fused_loss=how, full_ft=full_ft, max_steps=4, eval_steps=4)))
+        how: run_of(train(small_config(folder, run_name=f"fused-{how}-{full_ft}", fused_loss=how, **asked)))
         for how in ("on", "off")
     }
     assert [event["fused_loss"] for how in runs for event in runs[how].events() if event["kind"] == "setup"] == [

@@ -90,6 +90,50 @@ def test_an_answer_that_takes_too_long_is_504_and_frees_its_place(folder):
     assert service._active == 0 and endless.left == 2
 
 
+class Relayed:
+    """An engine in another process: what it says, or that it was cancelled, arrives by a future."""
+
+    def __init__(self) -> None:
+        self.said: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        yield await self.said
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_who_leaves_while_a_token_arrives_frees_the_place(folder, turns):
+    """However many turns of the event loop lie between the two."""
+
+    async def leave() -> int:
+        service = service_of(folder, relayed := Relayed())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(build(service)), base_url="http://host") as client:
+            asking = asyncio.create_task(client.post("/v1/completions", json=TEXT))
+            while not service._active:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            relayed.said.set_result(Delta("so", 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait([asking], timeout=5)
+            return service._active
+
+    assert asyncio.run(leave()) == 0
+
+
+def test_an_engine_whose_stream_is_cancelled_ends_the_request(folder):
+    async def cancelled() -> httpx.Response:
+        service = service_of(folder, relayed := Relayed())
+        relayed.said.cancel()
+        transport = httpx.ASGITransport(build(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            return await asyncio.wait_for(client.post("/v1/completions", json=TEXT), 20)
+
+    answer = asyncio.run(cancelled())
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failed"
+
+
 def test_a_server_that_drains_refuses_and_waits(folder, engine):
     service = service_of(folder, engine)
 

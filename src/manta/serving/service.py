@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from manta.serving.catalog import Weights
-from manta.serving.generation import Delta, Engine, Request, Sampling
+from manta.serving.generation import Delta, Engine, EngineError, Request, Sampling
 from manta.serving.prompts import Prompter, PromptError
 from manta.serving.protocol import MOST_CHOICES, ApiError, Asked, AskedChat, AskedText
 
@@ -174,6 +174,9 @@ class Service:
                 async with aclosing(engine.generate(request)) as deltas:  # type: ignore[type-var]
                     async for delta in deltas:
                         arrived.put_nowait((number, delta))
+            except asyncio.CancelledError:  # Ray Serve takes what a request has asked for with it
+                arrived.put_nowait(EngineError("the answer was cancelled"))
+                raise
             except Exception as error:
                 arrived.put_nowait(error)
 
@@ -185,7 +188,9 @@ class Service:
         try:
             until = time.monotonic() + self.settings.timeout_s
             while left:
-                what = await asyncio.wait_for(arrived.get(), until - time.monotonic())
+                # wait_for of Python 3.11 loses a cancellation that comes together with a token (cpython#86296)
+                async with asyncio.timeout(until - time.monotonic()):
+                    what = await arrived.get()
                 if isinstance(what, Exception):
                     raise what
                 generated.inc(what[1].tokens)
@@ -207,7 +212,8 @@ class Service:
 
     async def check(self) -> None:
         """Raises if an engine does not answer."""
-        await asyncio.wait_for(asyncio.gather(*(engine.stats() for engine in self._engines.values())), 10)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(engine.stats() for engine in self._engines.values()))
 
     async def drain(self, seconds: float) -> int:
         """Refuse what is new and wait for what is under way; returns how many answers were not finished in time."""
