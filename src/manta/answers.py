@@ -139,10 +139,12 @@ def _ask(
         return
     on_gpu = setting.device == "cuda"
     cpus = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
+    each = 1 if on_gpu else max(1, cpus // workers)
+    variables = {"OMP_NUM_THREADS": str(each), "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     actor: Any = ray.remote(Answerer).options(
         num_gpus=setting.tensor_parallel_size if on_gpu else 0,
-        num_cpus=1 if on_gpu else max(1, cpus // workers),
-        runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}},
+        num_cpus=each,
+        runtime_env={"env_vars": variables},
         max_restarts=2,
         max_task_retries=2,
     )

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,8 +48,11 @@ _FORWARDED = (
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
-    """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block."""
+def connected(config: Config, python: str | None = None) -> Iterator[None]:
+    """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block.
+
+    `python` is what a cluster of our own starts as Python for its processes, where it is not this one.
+    """
     for name, seconds in TIMEOUTS.items():
         os.environ.setdefault(name, seconds)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
@@ -60,18 +64,19 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     try:
-        address = config.ray_address or os.environ.get("RAY_ADDRESS")
+        address = _address(config)
         _knock(address)
-        ray.init(
-            address=address or "local",  # None would also take a cluster that somebody else left here
-            include_dashboard=None if config.ray_address else False,
-            _system_config=None if address else SYSTEM,
-            runtime_env={"env_vars": _for_the_controller()} if address else None,
-            log_to_driver=quiet.is_verbose(),
-            logging_level=level,
-        )
+        with _starting(python):
+            ray.init(
+                address=address or "local",  # None would also take a cluster that somebody else left here
+                include_dashboard=None if config.ray_address else False,
+                _system_config=None if address else SYSTEM,
+                runtime_env={"env_vars": _for_the_controller()} if address else None,
+                log_to_driver=quiet.is_verbose(),
+                logging_level=level,
+            )
     except (OSError, ValueError) as error:
-        where = config.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
+        where = _address(config) or "this machine"
         raise UserError(
             f"No Ray cluster at {where}: {error}. Start one with `ray start --head`, or leave out --ray_address for a "
             "cluster of Manta's own on this machine."
@@ -99,6 +104,33 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def is_ours(config: Config) -> bool:
+    """Whether `connected` starts a cluster of our own, and joins none."""
+    if _address(config):
+        return False
+    import ray
+
+    return not ray.is_initialized()
+
+
+def _address(config: Config) -> str | None:
+    return config.ray_address or os.environ.get("RAY_ADDRESS")
+
+
+@contextmanager
+def _starting(python: str | None) -> Iterator[None]:
+    """A cluster that starts inside has `python` for its processes: Ray takes `sys.executable`, and asks for no other.
+
+    Its option `py_executable` comes too late: before it, each process imports Ray once in vain.
+    """
+    before = sys.executable
+    try:
+        sys.executable = python or before
+        yield
+    finally:
+        sys.executable = before
 
 
 def _for_the_controller() -> dict[str, str]:
@@ -190,7 +222,7 @@ def living_nodes() -> list[dict[str, Any]]:
 
 def check_device_before_start(config: Config) -> None:
     """Raises UserError if cuda is asked for on a cluster of our own and this machine has no GPU; starts nothing."""
-    if config.device == "cuda" and not config.ray_address and not os.environ.get("RAY_ADDRESS"):
+    if config.device == "cuda" and not _address(config):
         import torch
 
         if not torch.cuda.is_available():

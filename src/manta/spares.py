@@ -8,20 +8,11 @@ or Ray ends the idle process, a restart takes the longer way, and nothing else.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 import time
 
 from manta import imports
 
-IMPORTS = (
-    "datasets",
-    "peft",
-    "ray.train.torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "transformers.trainer",
-)
 # The name under which Ray itself hands `worker_process_setup_hook` on, which it lets only a whole job set.
 _HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 # A run that is over sooner needs no spare, and would share its processors with the imports of one.
@@ -37,9 +28,7 @@ def environment() -> dict[str, str]:
 
 def preload() -> None:
     """Import what a training worker imports."""
-    with imports.quickly():
-        for name in IMPORTS:
-            importlib.import_module(name)
+    imports.ahead("ray.train.torch")
 
 
 def start(count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
+from manta import cluster, forkserver, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -61,29 +61,30 @@ def train(config: Config, console: Console | None = None, title: str = "train") 
 def _train(
     config: Config, run: Run, status: Status, notifier: Notifier, phases: Phases, console: Console, title: str
 ) -> dict[str, Any]:
-    with phases("check"):
-        refuse_if_held(run.path)
-        cluster.check_device_before_start(config)
-        with imports.quickly():
-            from manta import architecture, extras, loss
-
-            extras.check(config)
-            architecture.check(config)
-            loss.check(config)
-        prepared, parts = prepare.locate(config)
-        if run.config_file.exists() and run.prepared().name != prepared.path.name:
-            raise ConfigError(
-                f"The data of the run {run.path} is not what it was started with: the source, the tokenizer or Manta "
-                "itself has changed since. Give --run_name for a new run."
-            )
-        job = None if prepare.is_ready(prepared) else prepare.open_job(config, prepared)
-        if job is None:
-            check_data(config, prepared, console)
     with ExitStack() as stack:
+        with phases("check"):
+            refuse_if_held(run.path)
+            cluster.check_device_before_start(config)
+            python = stack.enter_context(forkserver.running(_threads(config))) if cluster.is_ours(config) else None
+            with imports.quickly():
+                from manta import architecture, extras, loss
+
+                extras.check(config)
+                architecture.check(config)
+                loss.check(config)
+            prepared, parts = prepare.locate(config)
+            if run.config_file.exists() and run.prepared().name != prepared.path.name:
+                raise ConfigError(
+                    f"The data of the run {run.path} is not what it was started with: the source, the tokenizer or "
+                    "Manta itself has changed since. Give --run_name for a new run."
+                )
+            job = None if prepare.is_ready(prepared) else prepare.open_job(config, prepared)
+            if job is None:
+                check_data(config, prepared, console)
         if job is not None:
             stack.callback(prepare.forget_sources, prepared)
         with phases("ray"):
-            stack.enter_context(cluster.connected(config))
+            stack.enter_context(cluster.connected(config, python))
         config = _place(config)
         nodes.check_storage([run.path.parent, prepared.path.parent])
         if job is not None:
@@ -294,14 +295,18 @@ def _train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
 def _environment(config: Config) -> dict[str, str]:
     """Variables of the workers' processes."""
     # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
-    threads = max(1, int(cluster.resources_per_worker(config, config.device).get("CPU", 1)))
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(_threads(config))}
     if config.device == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     environment |= cluster.forwarded()
     return environment | spares.environment() if config.spare_workers else environment
+
+
+def _threads(config: Config) -> int:
+    """With which a worker computes: as many as it has CPUs."""
+    return max(1, int(cluster.resources_per_worker(config, config.device).get("CPU", 1)))
 
 
 def _validation(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:
