@@ -64,7 +64,7 @@ def ask(server: str, arguments: list[str], environment: dict[str, str]) -> bool:
             connection.connect(server)
             if not connection.recv(len(GREETING)):
                 return False
-            socket.send_fds(connection, ["\0".join(said).encode(errors="surrogateescape")], [0, 1, 2])
+            socket.send_fds(connection, [said.encode(errors="surrogateescape")], [0, 1, 2])
             return bool(connection.recv(64))
         except OSError:
             return False
