@@ -52,12 +52,8 @@ def worker_of(arguments: list[str]) -> tuple[list[str], dict[str, str]] | None:
 
 def ask(server: str, arguments: list[str], environment: dict[str, str]) -> bool:
     """Whether the server has forked a process of these, with the folder and the files of this one."""
-    said = [
-        str(Path.cwd()),
-        str(len(arguments)),
-        *arguments,
-        *(f"{name}={value}" for name, value in environment.items()),
-    ]
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    said = "\0".join([str(Path.cwd()), str(len(arguments)), *arguments, *variables])
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(_PATIENCE_S)
         try:

@@ -53,15 +53,19 @@ def running(threads: int) -> Iterator[str | None]:
         return
     folder = Path(tempfile.mkdtemp(prefix="manta-fork-"))  # closed to others, and so is the socket in it
     alive, ours = os.pipe()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(folder / "socket"))
+    listener.listen(64)
     server = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder / "socket"), str(alive)],
+        [sys.executable, "-m", __name__, str(listener.fileno()), str(alive)],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
-        pass_fds=[alive],
+        pass_fds=[listener.fileno(), alive],
         start_new_session=True,  # Ctrl-C is for the driver
     )
+    listener.close()
     os.close(alive)
     try:
         yield str(fork_client.write(folder / "python", folder / "socket"))
@@ -82,13 +86,11 @@ class Asked:
     files: list[int]
 
 
-def serve(path: str, alive: int) -> Asked | None:
+def serve(listening: int, alive: int) -> Asked | None:
     """Fork whenever asked, until the other end of the pipe `alive` is gone; returns in each forked process, with what
     it is to be, and at last in the server, with None."""
     environment = dict(os.environ)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, selectors.DefaultSelector() as events:
-        listener.bind(path)
-        listener.listen(64)
+    with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as events:
         imports.ahead()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing
         events.register(listener, selectors.EVENT_READ)
@@ -144,5 +146,5 @@ def become(asked: Asked) -> None:
 
 
 if __name__ == "__main__":
-    if forked := serve(sys.argv[1], int(sys.argv[2])):
+    if forked := serve(int(sys.argv[1]), int(sys.argv[2])):
         become(forked)

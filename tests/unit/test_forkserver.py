@@ -1,0 +1,172 @@
+"""Processes as Ray asks for them, from a real fork server, and without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from manta import fork_client, forkserver, imports
+from manta.fork_client import worker_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")]
+
+WORKER = """
+import json, os, sys
+torch = sys.modules.get("torch")
+told = {"parent": os.getppid(), "group": os.getpgrp(), "pid": os.getpid(), "folder": os.getcwd(), "said": sys.stdin.read(),
+    "arguments": sys.argv, "first": sys.path[0], "main": sys.modules["__main__"].__file__, "ray": "ray" in sys.modules,
+    "variables": dict(os.environ), "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
+    "oom": open("/proc/self/oom_score_adj").read().strip()}
+os.write(1, json.dumps(told).encode())
+"""
+SETUP = "print('not asked for')"  # in place of Ray's, which runs where the server is not to
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("ray scripts")
+    (made / "default_worker.py").write_text(WORKER)
+    (made / "setup_worker.py").write_text(SETUP)
+    return made
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    with forkserver.running(1) as command:
+        assert command
+        yield command
+
+
+def command_of(folder: Path, *arguments: str, **context: Any) -> list[str]:
+    """As Ray's raylet writes it."""
+    context = {"command_prefix": [], "env_vars": {}, "py_executable": "python", "java_jars": [], **context}
+    worker = str(folder / "default_worker.py")
+    given = f"--serialized-runtime-env-context={json.dumps(context)}"
+    return [str(folder / "setup_worker.py"), worker, *arguments, given, "--language=PYTHON"]
+
+
+def run(python: str, command: list[str], told: Callable[[], str], **how: Any) -> str:
+    """What the process said, which goes on after the one that was started is done."""
+    subprocess.run([python, *command], check=True, timeout=90, **how)
+    end = time.monotonic() + 20
+    while not (said := told()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return said
+
+
+def environment() -> dict[str, str]:
+    """Of this process, as it is for more than one test."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def asked(python: str, command: list[str], out: Path, said: str = "", **variables: str) -> Any:
+    (out / "in").write_text(said)
+    with (out / "in").open() as given, (out / "out").open("w") as file:
+        env = {**environment(), **variables}
+        return run(python, command, (out / "out").read_text, stdin=given, stdout=file, cwd=out, env=env)
+
+
+def test_a_process_is_what_python_would_have_made_it(python, folder, tmp_path):
+    command = command_of(folder, "--node-id=ü 1", env_vars={"OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"})
+    told = json.loads(asked(python, command, tmp_path, "line\n", RAY_JOB_ID="01000000"))
+    worker = str(folder / "default_worker.py")
+    assert told["arguments"] == [worker, "--node-id=ü 1"] and told["main"] == worker and told["first"] == str(folder)
+    assert told["said"] == "line\n" and told["folder"] == str(tmp_path)
+    wanted = {**environment(), "RAY_JOB_ID": "01000000", "OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"}
+    assert told["variables"] == wanted
+    assert "manta.forkserver" in " ".join(psutil.Process(told["parent"]).cmdline())
+    assert set(imports.OF_WORKERS) <= set(told["modules"]) and not told["ray"]
+    assert told["threads"] == 2 and told["group"] == told["pid"] and told["oom"] == "1000"
+
+
+def test_threads_are_those_of_a_worker_where_nothing_is_said(python, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert json.loads(asked(python, command_of(folder), tmp_path))["threads"] == 1
+
+
+def test_many_at_once_are_processes_of_their_own(python, folder, tmp_path):
+    places = [tmp_path / str(number) for number in range(12)]
+    for place in places:
+        place.mkdir()
+    files = [(place / "out").open("w") for place in places]
+    started = [
+        subprocess.Popen(
+            [python, *command_of(folder, str(n))], stdout=file, stdin=subprocess.DEVNULL, env=environment()
+        )
+        for n, file in enumerate(files)
+    ]
+    assert [each.wait(60) for each in started] == [0] * 12
+    told = [json.loads(run("true", [], (place / "out").read_text)) for place in places]
+    assert [each["arguments"][1] for each in told] == [str(number) for number in range(12)]
+    assert len({each["pid"] for each in told}) == 12
+    for file in files:
+        file.close()
+
+
+@pytest.mark.parametrize(
+    ("context", "variables"),
+    [
+        ({}, {"HF_HUB_OFFLINE": "0", "HF_HOME": "/elsewhere"}),  # read in an import, which is over
+        ({"env_vars": {"LD_PRELOAD": ""}}, {}),
+        ({"command_prefix": ["source activate &&"]}, {}),
+        ({"override_worker_entrypoint": "/other.py"}, {}),
+        ({"env_vars": {"PLACE": "${HOME}/x"}}, {}),  # which Ray expands
+    ],
+)
+def test_what_is_not_alike_is_left_to_python(python, folder, tmp_path, context, variables):
+    assert asked(python, command_of(folder, **context), tmp_path, **variables) == "not asked for\n"
+
+
+def test_other_scripts_are_left_to_python(python, folder, tmp_path):
+    (tmp_path / "agent.py").write_text("import sys; print(sys.executable, sys.argv[1:])")
+    said = asked(python, [str(tmp_path / "agent.py"), "-x"], tmp_path)
+    assert said == f"{sys.executable} ['-x']\n"
+    assert worker_of([]) is None and worker_of(["-c", "pass"]) is None
+
+
+def test_without_a_server_and_with_one_that_hangs_python_starts(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    with forkserver.running(1) as python:
+        assert python
+        gone = fork_client.write(tmp_path / "gone", tmp_path / "no-socket")
+        assert asked(str(gone), command_of(folder), tmp_path) == "not asked for\n"
+        server = psutil.Process(json.loads(asked(python, command_of(folder), tmp_path))["parent"])
+        server.send_signal(signal.SIGSTOP)
+        patient = Path(python).read_text()
+        Path(python).write_text(patient.replace("_PATIENCE_S = 60.0", "_PATIENCE_S = 0.5"))
+        assert asked(python, command_of(folder), tmp_path) == "not asked for\n"
+    assert not server.is_running() and not Path(python).parent.exists()
+
+
+def test_a_driver_that_is_killed_leaves_no_server(tmp_path):
+    program = """
+        from manta import forkserver
+        import time
+        with forkserver.running(1) as python:
+            print(python, flush=True)
+            time.sleep(60)
+    """
+    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    with driver:
+        assert driver.stdout and driver.stdout.readline()
+        (server,) = psutil.Process(driver.pid).children()
+        driver.kill()
+    assert psutil.wait_procs([server], timeout=30)[1] == []
+
+
+def test_no_fork_where_a_gpu_is(monkeypatch):
+    monkeypatch.setattr(forkserver, "_GPUS", ("/dev/null",))
+    with forkserver.running(1) as python:
+        assert python is None
