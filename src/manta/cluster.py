@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from manta import quiet
+from manta import forkserver, quiet
 from manta.config import Config
 from manta.errors import UserError
 
@@ -106,13 +106,19 @@ def connected(config: Config, python: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def is_ours(config: Config) -> bool:
-    """Whether `connected` starts a cluster of our own, and joins none."""
-    if _address(config):
-        return False
+@contextmanager
+def forking(config: Config) -> Iterator[str | None]:
+    """A fork server in the block, for a cluster of our own: what `connected` takes as `python`.
+
+    Begun while there is something else to do, its imports are done when the cluster is there.
+    """
     import ray
 
-    return not ray.is_initialized()
+    if _address(config) or ray.is_initialized():
+        yield None
+        return
+    with forkserver.running(threads(config)) as python:
+        yield python
 
 
 def _address(config: Config) -> str | None:
@@ -181,6 +187,11 @@ def workers(config: Config, on: str) -> tuple[int, int]:
 def resources_per_worker(config: Config, on: str) -> dict[str, float]:
     """What one worker reserves: as asked, else a GPU and a CPU, or a CPU."""
     return config.resources_per_worker or ({"CPU": 1.0, "GPU": 1.0} if on == "cuda" else {"CPU": 1.0})
+
+
+def threads(config: Config) -> int:
+    """With which a worker computes: as many as it has CPUs."""
+    return max(1, int(resources_per_worker(config, config.device).get("CPU", 1)))
 
 
 def check_fits(wanted: int, each: dict[str, float], placement: str = "SPREAD") -> None:

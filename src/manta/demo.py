@@ -81,7 +81,7 @@ def run_demo(folder: Path, num_workers: int = 2) -> dict[str, Any]:
         hf_dataset_config=HFDatasetConfig(dataset_name=str(corpus), output_template="{text}"),
         **shared,
     )
-    with cluster.connected(pretraining):
+    with cluster.forking(pretraining) as python, cluster.connected(pretraining, python):
         train(pretraining, console, title="1/2 pre-train")
         base = convert(Run(folder / "results" / "pretrain"), folder / "base")
         tuning = Config(

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from manta import cluster, forkserver, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
+from manta import cluster, imports, manifest, nodes, quiet, runs, signals, snapshot, spares, storage
 from manta.attempts import Attempts, Policy
 from manta.config import Config
 from manta.data import prepare
@@ -65,7 +65,7 @@ def _train(
         with phases("check"):
             refuse_if_held(run.path)
             cluster.check_device_before_start(config)
-            python = stack.enter_context(forkserver.running(_threads(config))) if cluster.is_ours(config) else None
+            python = stack.enter_context(cluster.forking(config))
             with imports.quickly():
                 from manta import architecture, extras, loss
 
@@ -295,18 +295,13 @@ def _train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
 def _environment(config: Config) -> dict[str, str]:
     """Variables of the workers' processes."""
     # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(_threads(config))}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(cluster.threads(config))}
     if config.device == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     environment |= cluster.forwarded()
     return environment | spares.environment() if config.spare_workers else environment
-
-
-def _threads(config: Config) -> int:
-    """With which a worker computes: as many as it has CPUs."""
-    return max(1, int(cluster.resources_per_worker(config, config.device).get("CPU", 1)))
 
 
 def _validation(config: Config, run: Run, prepared: Prepared, mailbox: str) -> Any:

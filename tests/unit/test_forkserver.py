@@ -24,10 +24,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 WORKER = """
 import json, os, sys
 torch = sys.modules.get("torch")
-told = {"parent": os.getppid(), "group": os.getpgrp(), "pid": os.getpid(), "folder": os.getcwd(), "said": sys.stdin.read(),
-    "arguments": sys.argv, "first": sys.path[0], "main": sys.modules["__main__"].__file__, "ray": "ray" in sys.modules,
-    "variables": dict(os.environ), "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
-    "oom": open("/proc/self/oom_score_adj").read().strip()}
+told = {
+    "parent": os.getppid(), "group": os.getpgrp(), "pid": os.getpid(), "folder": os.getcwd(), "said": sys.stdin.read(),
+    "arguments": sys.argv, "first": sys.path[0], "main": sys.modules["__main__"].__file__,
+    "ray": "ray" in sys.modules, "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
+    "variables": dict(os.environ), "oom": open("/proc/self/oom_score_adj").read().strip(),
+}
 os.write(1, json.dumps(told).encode())
 """
 SETUP = "print('not asked for')"  # in place of Ray's, which runs where the server is not to
