@@ -127,6 +127,7 @@ def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 
 def become(asked: Asked) -> None:
     """In a forked process: run the script as Python would have."""
+    import numpy as np
     import torch
 
     os.setpgid(0, 0)  # Ray starts each process as a group, and ends it as one
@@ -140,6 +141,7 @@ def become(asked: Asked) -> None:
     os.chdir(asked.folder)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
+    np.random.seed()  # else all forked processes would draw the same
     sys.argv = asked.arguments
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
