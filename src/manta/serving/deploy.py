@@ -6,6 +6,7 @@ is one.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import os
@@ -167,12 +168,14 @@ class RemoteEngine:
         self._handle = handle
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, TaskCancelledError
 
         answer = self._handle.options(stream=True).generate.remote(request)
         try:
             async for delta in answer:
                 yield delta
+        except TaskCancelledError as error:
+            raise asyncio.CancelledError from error
         except RayError as error:
             raise EngineError(_reason(error)) from error
         finally:

@@ -19,6 +19,7 @@ from manta.serving.protocol import MOST_CHOICES, ApiError, Asked, AskedChat, Ask
 
 _LONGEST = 8192  # where a model does not say how many positions it has
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI has it
+_UNDER_WAY_S = 1.0  # the cancellation of a request whose answers are cancelled already
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -174,9 +175,12 @@ class Service:
                 async with aclosing(engine.generate(request)) as deltas:  # type: ignore[type-var]
                     async for delta in deltas:
                         arrived.put_nowait((number, delta))
-            except asyncio.CancelledError:  # Ray Serve takes what a request has asked for with it
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    raise
+                # The stream was, not this task: Ray Serve ends what a request has asked for, and then the request.
+                await asyncio.sleep(_UNDER_WAY_S)
                 arrived.put_nowait(EngineError("the answer was cancelled"))
-                raise
             except Exception as error:
                 arrived.put_nowait(error)
 

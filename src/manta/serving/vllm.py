@@ -6,6 +6,7 @@ named to vLLM at start: Ray's own loading of them wants an object store.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -90,7 +91,7 @@ class VllmEngine:
         self._handle = handle
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, TaskCancelledError
         from ray.serve.llm.openai_api_models import CompletionRequest
 
         answer = self._handle.options(stream=True).completions.remote(CompletionRequest(**asked(request)))
@@ -100,6 +101,8 @@ class VllmEngine:
                 for delta, total in deltas(events):
                     yield Delta(delta.text, max(0, total - told), delta.finish)
                     told = max(told, total)
+        except TaskCancelledError as error:
+            raise asyncio.CancelledError from error
         except RayError as error:
             raise EngineError(str(error).strip().splitlines()[-1]) from error
         finally:
