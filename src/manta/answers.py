@@ -140,7 +140,7 @@ def _ask(
     on_gpu = setting.device == "cuda"
     cpus = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
     each = 1 if on_gpu else max(1, cpus // workers)
-    variables = {"OMP_NUM_THREADS": str(each), "TOKENIZERS_PARALLELISM": "false"}
+    variables = {"OMP_NUM_THREADS": str(each), "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     actor: Any = ray.remote(Answerer).options(
         num_gpus=setting.tensor_parallel_size if on_gpu else 0,
         num_cpus=each,

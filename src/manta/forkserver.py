@@ -14,7 +14,6 @@ import contextlib
 import os
 import runpy
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from pathlib import Path
 from manta import fork_client, imports, quiet
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")  # whose drivers do not survive a fork, once a library has asked for devices
-_LONGEST = 120  # of a path after #! that every Linux takes
+_LONGEST = 100  # of the path of a socket, and of one after #!, that every Linux takes
 _PATIENCE_S = 5.0
 # Variables in which a process may differ from the server: what is read when it is used, not in an import.
 _MAY_DIFFER = (
@@ -45,35 +44,43 @@ _MAY_DIFFER = (
 def running(threads: int) -> Iterator[str | None]:
     """A fork server for as long as the block, whose processes compute with `threads` unless OMP_NUM_THREADS says more.
 
-    Gives what Ray is to start as Python; None where it could not be, on other systems than Linux and with GPUs.
+    Gives what Ray is to start as Python; None where that could not be: on other systems than Linux, with GPUs, and
+    where folders for temporary files have long names or may hold no programs.
     """
-    odd = len(sys.executable) > _LONGEST or " " in sys.executable
-    if sys.platform != "linux" or odd or any(map(os.path.exists, _GPUS)):
-        yield None
-        return
-    folder = Path(tempfile.mkdtemp(prefix="manta-fork-"))  # closed to others, and so is the socket in it
+    with tempfile.TemporaryDirectory(prefix="manta-fork-", ignore_cleanup_errors=True) as name:  # closed to others
+        server, python = Path(name, "socket"), Path(name, "python")
+        possible = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
+        fits = max(len(sys.executable), len(str(server))) <= _LONGEST and " " not in sys.executable
+        if not (possible and fits and os.access(fork_client.write(python, server), os.X_OK)):
+            yield None
+            return
+        with _started(server, threads):
+            yield str(python)
+
+
+@contextlib.contextmanager
+def _started(path: Path, threads: int) -> Iterator[None]:
+    """The server in the block, at a socket that is there at once."""
     alive, ours = os.pipe()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "socket"))
-    listener.listen(64)
-    server = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(listener.fileno()), str(alive)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
-        pass_fds=[listener.fileno(), alive],
-        start_new_session=True,  # Ctrl-C is for the driver
-    )
-    listener.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        server = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(listener.fileno()), str(alive)],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
+            pass_fds=[listener.fileno(), alive],
+            start_new_session=True,  # Ctrl-C is for the driver
+        )
     os.close(alive)
     try:
-        yield str(fork_client.write(folder / "python", folder / "socket"))
+        yield
     finally:
         os.close(ours)
         server.kill()
         server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,13 @@ def serve(listening: int, alive: int) -> Asked | None:
             with connection, contextlib.suppress(OSError):  # of a client that has gone
                 connection.settimeout(_PATIENCE_S)
                 asked = _receive(connection)
-                if _alike(environment, asked.environment):
-                    if not (process := os.fork()):
-                        return asked
-                    connection.send(str(process).encode())
+                process = os.fork() if _alike(environment, asked.environment) else None
+                if process == 0:
+                    return asked
                 for file in asked.files:
                     os.close(file)
+                if process:
+                    connection.send(str(process).encode())
     return None
 
 
@@ -131,7 +139,8 @@ def become(asked: Asked) -> None:
     import torch
 
     os.setpgid(0, 0)  # Ray starts each process as a group, and ends it as one
-    Path("/proc/self/oom_score_adj").write_text("1000")  # as Ray does: workers go before the cluster does
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # as Ray does: workers go before the cluster does
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, file in enumerate(asked.files):
         os.dup2(file, number)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +29,10 @@ told = {
     "parent": os.getppid(), "group": os.getpgrp(), "pid": os.getpid(), "folder": os.getcwd(), "said": sys.stdin.read(),
     "arguments": sys.argv, "first": sys.path[0], "main": sys.modules["__main__"].__file__,
     "ray": "ray" in sys.modules, "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
+    "memory": {line.split()[0]: int(line.split()[1]) for line in list(open("/proc/self/smaps_rollup"))[1:]},
     "variables": dict(os.environ), "oom": open("/proc/self/oom_score_adj").read().strip(),
 }
-os.write(1, json.dumps(told).encode())
+print(json.dumps(told), flush=True)
 """
 SETUP = "print('not asked for')"  # in place of Ray's, which runs where the server is not to
 
@@ -63,7 +65,7 @@ def run(python: str, command: list[str], told: Callable[[], str], **how: Any) ->
     """What the process said, which goes on after the one that was started is done."""
     subprocess.run([python, *command], check=True, timeout=90, **how)
     end = time.monotonic() + 20
-    while not (said := told()) and time.monotonic() < end:
+    while not (said := told()).endswith("\n") and time.monotonic() < end:
         time.sleep(0.02)
     return said
 
@@ -90,6 +92,7 @@ def test_a_process_is_what_python_would_have_made_it(python, folder, tmp_path):
     assert told["variables"] == wanted
     assert "manta.forkserver" in " ".join(psutil.Process(told["parent"]).cmdline())
     assert set(imports.OF_WORKERS) <= set(told["modules"]) and not told["ray"]
+    assert told["memory"]["Pss:"] < 0.75 * told["memory"]["Rss:"], "it shares what was imported"
     assert told["threads"] == 2 and told["group"] == told["pid"] and told["oom"] == "1000"
 
 
@@ -166,6 +169,18 @@ def test_a_driver_that_is_killed_leaves_no_server(tmp_path):
         (server,) = psutil.Process(driver.pid).children()
         driver.kill()
     assert psutil.wait_procs([server], timeout=30)[1] == []
+
+
+def test_no_fork_where_temporary_files_cannot_be_programs(tmp_path, monkeypatch):
+    """As where /tmp is mounted noexec, and where the name of a socket would be too long."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.X_OK)
+    with forkserver.running(1) as python:
+        assert python is None
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
+    Path(tempfile.gettempdir()).mkdir()
+    with forkserver.running(1) as python:
+        assert python is None
 
 
 def test_no_fork_where_a_gpu_is(monkeypatch):
