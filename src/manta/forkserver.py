@@ -14,6 +14,7 @@ import contextlib
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -114,6 +115,7 @@ def serve(listening: int, alive: int) -> Asked | None:
                     os.close(file)
                 if process:
                     connection.send(str(process).encode())
+        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)  # which a killed driver leaves
     return None
 
 

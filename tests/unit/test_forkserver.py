@@ -165,10 +165,13 @@ def test_a_driver_that_is_killed_leaves_no_server(tmp_path):
     """
     driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
     with driver:
-        assert driver.stdout and driver.stdout.readline()
+        assert driver.stdout
+        python = Path(driver.stdout.readline().strip())
+        assert python.exists()
         (server,) = psutil.Process(driver.pid).children()
         driver.kill()
     assert psutil.wait_procs([server], timeout=30)[1] == []
+    assert not python.parent.exists()
 
 
 def test_no_fork_where_temporary_files_cannot_be_programs(tmp_path, monkeypatch):
