@@ -13,6 +13,8 @@ from running import CANARY
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, which `manta.train.train` uses as it finds it. Two CPUs: two workers fit.
 
+    Its processes are forked, as those of a Ray that Manta starts: a run begins in half the time.
+
     Every worker has a secret in its environment, as a user's workers have.
     """
     # As Manta sets them before a Ray of its own: how soon a report or a dead worker is seen, and no GPU for workers.
@@ -20,13 +22,17 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    from manta import cluster, forkserver
+
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = CANARY
-    try:
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        yield
-    finally:
-        ray.shutdown()
-        os.environ.pop("HF_TOKEN")
-        if before is not None:
-            os.environ["HF_TOKEN"] = before
+    with forkserver.running(threads=1) as python:
+        try:
+            with cluster.starting(python):
+                ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            yield
+        finally:
+            ray.shutdown()
+            os.environ.pop("HF_TOKEN")
+            if before is not None:
+                os.environ["HF_TOKEN"] = before

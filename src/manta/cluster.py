@@ -66,7 +66,7 @@ def connected(config: Config, python: str | None = None) -> Iterator[None]:
     try:
         address = _address(config)
         _knock(address)
-        with _starting(python):
+        with starting(python):
             ray.init(
                 address=address or "local",  # None would also take a cluster that somebody else left here
                 include_dashboard=None if config.ray_address else False,
@@ -126,7 +126,7 @@ def _address(config: Config) -> str | None:
 
 
 @contextmanager
-def _starting(python: str | None) -> Iterator[None]:
+def starting(python: str | None) -> Iterator[None]:
     """A cluster that starts inside has `python` for its processes: Ray takes `sys.executable`, and asks for no other.
 
     Its option `py_executable` comes too late: before it, each process imports Ray once in vain.
