@@ -29,7 +29,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _is_product(operator: Any) -> bool:
-    """Matrix products and attention of torch's own: most of the arithmetic, in few tensors."""
+    """Matrix products, and attention of torch's own or Manta's: most of the arithmetic, in few tensors."""
     library, name, *_ = str(operator).split(".")
-    attends = name.startswith(("_scaled_dot_product", "_varlen_attn", "_flash_attention_forward"))
-    return library in ("aten", "torch_attn") and (attends or name in ("mm", "addmm", "bmm"))
+    attends = name.startswith(("_scaled_dot_product", "_varlen_attn", "_flash_attention_forward", "attend"))
+    return library in ("aten", "torch_attn", "manta") and (attends or name in ("mm", "addmm", "bmm"))

@@ -1,13 +1,15 @@
 """Attention per document: a batch is one row of documents that see only themselves, without padding and without a mask.
 
 A dense mask over a packed row costs the square of its length; documents alone cost the sum of their squares. On CUDA in
-half precision this is one kernel (`torch.nn.attention.varlen`), elsewhere torch's own attention document by document.
+half precision this is one kernel (`torch.nn.attention.varlen`); on a CPU in bfloat16 products of matrices block by block
+(`attend`), elsewhere torch's own attention document by document.
 Registered with transformers by name; the library makes no mask for a name that it has no mask function for
 (transformers/masking_utils.py, `_preprocess_mask_arguments`), and hands the boundaries through to each layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 DOCUMENTS = "documents"
+_BLOCK = 128  # queries at once: what half of the causal square is skipped, against calls that are too small
 
 
 def register() -> None:
@@ -73,6 +76,9 @@ def documents(
         cu_seq_lens_q, max_length_q = boundaries(position_ids, query.shape[2], query.device)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
+    unlimited = sliding_window is None or sliding_window >= query.shape[2]
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and unlimited and not dropout:
+        return attend(query, key, value, cu_seq_lens_q, scaling or query.shape[3] ** -0.5), None
     ends = cu_seq_lens_q.tolist()
     parts = [
         _one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], dropout, scaling, sliding_window)
@@ -130,3 +136,95 @@ def _one(
         scale=scaling,
         enable_gqa=key.shape[1] < query.shape[1],
     )
+
+
+@torch.library.custom_op("manta::attend", mutates_args=(), device_types="cpu")
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Causal attention within documents, of products in bfloat16: half to a third of the time of torch's own on a CPU,
+    whose backward pass multiplies in float32.
+
+    [1, heads, length, size], keys and values with as many heads or a divisor of them, `ends` as in `documents`; returns
+    [1, length, heads, size]. The weights of a block are made again in the backward pass, so that nothing is kept but
+    the arguments. One operator, so that compilers and estimates of memory look at shapes alone.
+    """
+    _, heads, length, size = query.shape
+    found = query.new_empty(1, length, heads, size)
+    for first, begin, end in _blocks(ends):
+        _, weights = _weights(query[0, :, begin:end], key[0, :, first:end], scaling)
+        part = torch.bmm(weights, value[0, :, first:end])
+        found[0, begin:end] = part.view(heads, end - begin, size).transpose(0, 1)
+    return found
+
+
+@attend.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scaling: float) -> torch.Tensor:
+    _, heads, length, size = query.shape
+    return query.new_empty(1, length, heads, size)
+
+
+@torch.library.custom_op("manta::attend_backward", mutates_args=(), device_types="cpu")
+def _attend_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_query = torch.empty_like(query)
+    of_key, of_value = (torch.zeros_like(each[0], dtype=torch.float32) for each in (key, value))  # sums over blocks
+    for first, begin, end in _blocks(ends):
+        keys, values = key[0, :, first:end], value[0, :, first:end]
+        queries, weights = _weights(query[0, :, begin:end], keys, scaling)
+        given = gradient[0, begin:end].transpose(0, 1).reshape(queries.shape)
+        of_value[:, first:end] += torch.bmm(weights.transpose(1, 2), given)
+        of_weights = torch.bmm(given, values.transpose(1, 2))
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_query[0, :, begin:end] = torch.bmm(of_scores, keys).mul_(scaling).view(query[0, :, begin:end].shape)
+        of_key[:, first:end] += torch.bmm(of_scores.transpose(1, 2), queries)
+    return of_query, of_key.mul_(scaling).to(key.dtype)[None], of_value.to(value.dtype)[None]
+
+
+@_attend_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _go_back(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    return (*_attend_backward(gradient, *ctx.saved_tensors, ctx.scaling), None, None)
+
+
+attend.register_autograd(_go_back, setup_context=_keep)
+
+
+def _blocks(ends: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Where a document begins, and where some of its queries begin and end."""
+    for first, last in pairwise(ends.tolist()):
+        for begin in range(first, last, _BLOCK):
+            yield first, begin, min(begin + _BLOCK, last)
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of all heads that share keys, [key heads, rows, size], and their weights, [key heads, rows, keys]; the
+    last queries are those of the last keys."""
+    heads, queries, size = query.shape
+    shared, keys, _ = key.shape
+    rows = query.reshape(shared, heads // shared * queries, size)
+    scores = torch.baddbmm(rows.new_empty(()), rows, key.transpose(1, 2), beta=0, alpha=scaling)
+    later = torch.full((queries, queries), float("-inf"), dtype=scores.dtype).triu_(1)
+    scores.view(heads, queries, keys)[..., keys - queries :] += later
+    return rows, scores.softmax(-1)

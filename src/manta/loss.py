@@ -1,8 +1,8 @@
 """The loss of the next token: from logits, or from hidden states and the output matrix at once.
 
-Fused, torch makes logits for some rows at a time, and their gradients in the same pass, so that logits of all rows, the
-largest tensors of a step, are never there (torch.nn.LinearCrossEntropyOptions). It pays on a GPU, which waits for
-memory; a CPU accumulates such products in float32, several times slower than it multiplies bfloat16.
+Fused, logits are made for some rows at a time, and their gradients in the same pass, so that logits of all rows, the
+largest tensors of a step, are never there. On a GPU torch does it (torch.nn.LinearCrossEntropyOptions). On a CPU that
+takes several times as long, since it sums a trained matrix's gradient in float32; a frozen one's loss is computed here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import linear_cross_entropy, pad
+from torch.nn.functional import linear, linear_cross_entropy, log_softmax, pad
 
 from manta import architecture
 from manta.config import Config
 from manta.data.tokenize import IGNORE
 from manta.errors import UserError
 from manta.model import Placement, adapted, base_of
+
+_ROWS = 128  # at once: logits of so many stay in a CPU's cache
 
 
 def check(config: Config) -> None:
@@ -31,9 +33,12 @@ def check(config: Config) -> None:
 
 def settle(model: Any, config: Config, device: str) -> bool:
     """Whether the loss is fused, which it then is. Raises UserError if that was asked for and cannot be."""
-    if config.fused_loss == "off" or config.use_liger_kernel or (config.fused_loss == "auto" and device != "cuda"):
+    if config.fused_loss == "off" or config.use_liger_kernel:
         return False
-    if (obstacle := _obstacle(model)) is None:
+    obstacle = _obstacle(model)
+    if obstacle is None and config.fused_loss == "auto" and device != "cuda" and _trains_head(model):
+        return False
+    if obstacle is None:
         _fuse(base_of(model))
     elif config.fused_loss == "on":
         raise UserError(f"The loss of {config.hf_model_id} cannot be fused: {obstacle}. Leave out --fused_loss.")
@@ -59,6 +64,10 @@ def _obstacle(model: Any) -> str | None:
     made = re.findall(r"\blogits = (\S+)", inspect.getsource(type(base).forward))
     at_once = len(made) == 1 and made[0].startswith("self.lm_head(")
     return None if at_once else "it changes its logits, by a scale or a soft cap"
+
+
+def _trains_head(model: Any) -> bool:
+    return any(each.requires_grad for each in base_of(model).get_output_embeddings().parameters())
 
 
 def _fuse(base: Any) -> None:
@@ -87,15 +96,49 @@ class _Fused:
         **_: Any,
     ) -> torch.Tensor:
         following = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
-        hidden = logits.reshape(-1, logits.shape[-1])
+        hidden, following = logits.reshape(-1, logits.shape[-1]), following.reshape(-1).to(logits.device)
+        frozen = not any(each.requires_grad for each in self.head.parameters())
+        if frozen and hidden.device.type == "cpu":
+            total = _Frozen.apply(hidden, self.head.weight, self.head.bias, following)
+            return total / ((following != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
         bias = self.head.bias
         loss = linear_cross_entropy(
             hidden,
             self.head.weight.to(hidden.dtype),
-            following.reshape(-1).to(hidden.device),
+            following,
             linear_bias=None if bias is None else bias.to(hidden.dtype),
             reduction="mean" if num_items_in_batch is None else "sum",
             ignore_index=IGNORE,
             options=LinearCrossEntropyOptions(),
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+class _Frozen(torch.autograd.Function):
+    """The sum of rows' losses, float32, for hidden states [rows, in] and an output matrix [out, in] that is not trained.
+
+    The gradient of the hidden states is computed with it, and waits for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, following: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        for begin in range(0, len(hidden), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            trained = (following[rows] != IGNORE)[:, None]
+            chosen = following[rows, None].clamp(min=0)
+            logits = linear(hidden[rows], weight, bias)
+            logs = log_softmax(logits, -1, dtype=torch.float32)
+            total -= (logs.gather(1, chosen) * trained).sum()
+            if ctx.needs_input_grad[0]:
+                share = logs.exp_().scatter_add_(1, chosen, torch.full(chosen.shape, -1.0))
+                gradient[rows] = torch.mm(torch.mul(share, trained, out=logits), weight)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * gradients[0], None, None, None

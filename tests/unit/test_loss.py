@@ -159,7 +159,7 @@ def test_the_estimate_of_memory_knows(tmp_path):
     """A step without storage has no logits in it; the vocabulary is what is wide here."""
     plain = small_config(tmp_path)
     placement, shape = Placement(torch.device("cpu"), 1), Shape(1, 400)
-    whole = memory.estimate(plain, placement, shape, "none")
-    fused = memory.estimate(plain.model_copy(update={"fused_loss": "on"}), placement, shape, "none")
+    whole = memory.estimate(plain.model_copy(update={"fused_loss": "off"}), placement, shape, "none")
+    fused = memory.estimate(plain, placement, shape, "none")
     assert whole and fused and fused.logits == 0 < whole.logits
     assert fused.total < whole.total
