@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from manta import attention, loss
+from manta import attention, loss, model
 from manta.data.batches import collate
 
 RECORD = Path(__file__).with_name("micro.json")
@@ -48,6 +49,26 @@ def of_attention() -> Arms:
         found.sum().backward()
 
     return dense, documents
+
+
+def of_attention_in_bfloat16() -> Arms:
+    """The same documents in bfloat16, three heads to a key: torch's own attention one by one against Manta's."""
+    lengths = [40, 310, 120, 75, 200, 19, 150, 110]
+    edges = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    q, k, v = (torch.randn(1, heads, 1024, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (9, 3, 3))
+
+    def by_torch() -> None:
+        parts = [
+            scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
+            for a, b in pairwise(edges.tolist())
+        ]
+        torch.cat(parts, dim=2).sum().backward()
+
+    def by_manta() -> None:
+        found, _ = attention.documents(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=edges, max_length_q=310)
+        found.sum().backward()
+
+    return by_torch, by_manta
 
 
 def of_logits() -> Arms:
@@ -149,6 +170,8 @@ BENCHES: dict[str, Callable[[], Arms]] = {
     "logits": of_logits,
     "padding": of_padding,
 }
+if model.computes_bfloat16("cpu"):
+    BENCHES["attention in bfloat16"] = of_attention_in_bfloat16
 
 
 def ratio(name: str) -> float:

@@ -27,9 +27,9 @@ SHAPE = {
 }  # fmt: skip
 CAPACITY, PROFILED = 1024, 2
 KINDS = {
-    "products of matrices": r"^aten::(mm|addmm|bmm|baddbmm)$|mkldnn|onednn",
-    "attention": r"scaled_dot_product|flash_attention|varlen",
-    "loss": r"softmax|nll_loss|cross_entropy",
+    "products of matrices": r"^aten::(mm|addmm)$|mkldnn|onednn",
+    "attention": r"scaled_dot_product|flash_attention|varlen|manta::attend|bmm$|aten::_softmax",
+    "loss": r"log_softmax|nll_loss|cross_entropy|exp_$|_Frozen",
     "optimizer": r"adam|Optimizer|_foreach|linalg_vector_norm",
     "casts and copies": r"copy_|_to_copy|clone|contiguous|aten::cat|slice_backward|index",
     "elementwise": r"^aten::(mul|add|silu|pow|mean|rsqrt|neg|sum|div|sub|sigmoid|fill_|zero_|silu_backward)",

@@ -1,8 +1,8 @@
 """Attention per document: a batch is one row of documents that see only themselves, without padding and without a mask.
 
 A dense mask over a packed row costs the square of its length; documents alone cost the sum of their squares. On CUDA in
-half precision this is one kernel (`torch.nn.attention.varlen`); on a CPU in bfloat16 products of matrices block by block
-(`attend`), elsewhere torch's own attention document by document.
+half precision this is one kernel (`torch.nn.attention.varlen`); on a CPU in bfloat16 products of matrices, block by
+block (`attend`); elsewhere torch's own attention document by document.
 Registered with transformers by name; the library makes no mask for a name that it has no mask function for
 (transformers/masking_utils.py, `_preprocess_mask_arguments`), and hands the boundaries through to each layer.
 """
@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 DOCUMENTS = "documents"
-_BLOCK = 128  # queries at once: what half of the causal square is skipped, against calls that are too small
+_BLOCK = 128  # queries at once: fewer skip more of the causal square, and multiply smaller matrices
 
 
 def register() -> None:

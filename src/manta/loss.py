@@ -35,8 +35,9 @@ def settle(model: Any, config: Config, device: str) -> bool:
     """Whether the loss is fused, which it then is. Raises UserError if that was asked for and cannot be."""
     if config.fused_loss == "off" or config.use_liger_kernel:
         return False
+    head = base_of(model).get_output_embeddings()
     obstacle = _obstacle(model)
-    if obstacle is None and config.fused_loss == "auto" and device != "cuda" and _trains_head(model):
+    if obstacle is None and config.fused_loss == "auto" and device != "cuda" and _is_trained(head):
         return False
     if obstacle is None:
         _fuse(base_of(model))
@@ -66,8 +67,8 @@ def _obstacle(model: Any) -> str | None:
     return None if at_once else "it changes its logits, by a scale or a soft cap"
 
 
-def _trains_head(model: Any) -> bool:
-    return any(each.requires_grad for each in base_of(model).get_output_embeddings().parameters())
+def _is_trained(head: torch.nn.Module) -> bool:
+    return any(each.requires_grad for each in head.parameters())
 
 
 def _fuse(base: Any) -> None:
@@ -97,8 +98,7 @@ class _Fused:
     ) -> torch.Tensor:
         following = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
         hidden, following = logits.reshape(-1, logits.shape[-1]), following.reshape(-1).to(logits.device)
-        frozen = not any(each.requires_grad for each in self.head.parameters())
-        if frozen and hidden.device.type == "cpu":
+        if hidden.device.type == "cpu" and not _is_trained(self.head):
             total = _Frozen.apply(hidden, self.head.weight, self.head.bias, following)
             return total / ((following != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
         bias = self.head.bias
@@ -115,7 +115,7 @@ class _Fused:
 
 
 class _Frozen(torch.autograd.Function):
-    """The sum of rows' losses, float32, for hidden states [rows, in] and an output matrix [out, in] that is not trained.
+    """The sum of rows' losses, float32, of hidden states [rows, in] and an output matrix [out, in] not trained.
 
     The gradient of the hidden states is computed with it, and waits for the backward pass.
     """

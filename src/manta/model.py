@@ -236,8 +236,8 @@ def _lean(model: Any, placement: Placement) -> Any:
 
 
 class _ScaledInside:
-    """LoRA, with its scale between A and B, where a row has `rank` elements; PEFT has it behind B, over all of a layer's
-    output, forward and backward. Found by PEFT as `peft.tuners.lora.layer.LoraVariant`."""
+    """LoRA with its scale between A and B, where a row has `rank` elements; PEFT has it behind B, over all of a layer's
+    output, forward and backward. What PEFT calls a LoraVariant (peft/tuners/lora/layer.py)."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:

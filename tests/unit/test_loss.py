@@ -109,6 +109,17 @@ def test_adapters_learn_alike_and_a_frozen_head_gets_no_gradient():
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) <= 1e-5
 
 
+def test_a_frozen_heads_loss_on_a_cpu_is_that_of_its_logits():
+    """More rows than are taken at once, some not trained; with adapters, whose gradients are compared."""
+    network = get_peft_model(made(PLAIN["llama"]()), LoraConfig(target_modules="all-linear", r=4))
+    given = {name: each.repeat(1, 5) for name, each in batch(False).items() if name != "use_cache"}
+    before, wanted = gradients(network, given)
+    assert loss.settle(network, asked("auto"), "cpu")
+    after, found = gradients(network, given)
+    assert after == pytest.approx(before, rel=1e-5) and found.keys() == wanted.keys()
+    assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) <= 1e-5
+
+
 def test_bfloat16_is_as_near_to_float32_as_with_logits():
     exact = made(PLAIN["llama"]())
     _, wanted = gradients(exact, batch(False))

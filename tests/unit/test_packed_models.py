@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -308,3 +309,48 @@ def test_what_it_would_leave_out_is_refused():
         attention.documents(torch.nn.Module(), query[:, :, :1], query, query, None)
     assert not attention.serves(made(Gemma2Config(**SHAPE, attn_logit_softcapping=50.0), "eager"))
     assert attention.serves(made(MODELS["qwen3"](), "sdpa"))
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64), (4, 4, 16), (8, 1, 80)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 7, 130, 60), (300,), (128, 256, 16)], ids=str)
+def test_products_in_bfloat16_are_as_near_to_exact_attention_as_torchs_own(shape, lengths):
+    """Blocks of queries, several heads to a key, documents longer and shorter than a block; the backward pass too."""
+    heads, shared, size = shape
+    torch.manual_seed(0)
+    ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    drawn = [torch.randn(1, sum(lengths), count, size).transpose(1, 2) for count in (heads, shared, shared)]
+    back = torch.randn(1, sum(lengths), heads, size)
+
+    def run(dtype: torch.dtype, implementation: Any) -> list[torch.Tensor]:
+        leaves = [each.to(torch.bfloat16).to(dtype).requires_grad_() for each in drawn]
+        found = implementation(*leaves)
+        found.backward(back.to(torch.bfloat16).to(dtype))
+        return [found.detach(), *(leaf.grad for leaf in leaves)]
+
+    def one_by_one(q: Any, k: Any, v: Any) -> torch.Tensor:
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True
+            )
+            for a, b in pairwise(ends.tolist())
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def ours(q: Any, k: Any, v: Any) -> torch.Tensor:
+        return attention.documents(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=ends)[0]
+
+    exact = run(torch.float64, one_by_one)
+    torchs, found = run(torch.bfloat16, one_by_one), run(torch.bfloat16, ours)
+
+    def gaps(those: list[torch.Tensor]) -> list[float]:
+        return [float((one - wanted).norm() / wanted.norm()) for one, wanted in zip(those, exact, strict=True)]
+
+    assert max(gaps(found)) <= 2 * max(gaps(torchs)) and max(gaps(found)) < 1e-2
+
+
+def test_the_operator_is_told_to_compilers_as_it_is():
+    """Shapes without values, gradients, and no argument that is changed: torch's own check of a custom operator."""
+    given = [torch.randn(1, count, 40, 16, dtype=torch.bfloat16, requires_grad=True) for count in (4, 2, 2)]
+    ends = torch.tensor([0, 15, 40], dtype=torch.int32)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(attention.attend, (*given, ends, 0.25), test_utils=tests)
