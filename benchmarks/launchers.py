@@ -1,11 +1,11 @@
-"""Ray Train (Manta), HF Accelerate and PyTorch Lightning: the start of a run, and what a killed worker costs.
+"""Manta, Ray Train alone, HF Accelerate and PyTorch Lightning: the start of a run, and what a killed worker costs.
 
     make peers && python benchmarks/launchers.py [--quick]
 
 All train every weight of the same small model on the same tokens, on two CPU processes with gloo, import torch,
-transformers, peft and datasets, and save every 20 steps in the usual way of each. The order is A B C C B A. In each
-run the process of rank 1 gets SIGKILL ten steps after a save; who watches gives the same command again as soon as the
-first one has ended, if it has. Results go to benchmarks/results/<date>-launchers.{json,md}.
+transformers, peft and datasets, and save every 20 steps in the usual way of each. The order is A B C D D C B A. In
+each run the process of rank 1 gets SIGKILL ten steps after a save; who watches gives the same command again as soon as
+the first one has ended, if it has. Results go to benchmarks/results/<date>-launchers.{json,md}.
 """
 
 from __future__ import annotations
@@ -114,11 +114,51 @@ def lightning(folder: str, base: str, data: str) -> None:
     ).fit(module, module.loader, ckpt_path=str(last) if last.exists() else None)  # fmt: skip
 
 
+def ray_train(folder: str, base: str, data: str) -> None:
+    import ray
+    from ray import train
+    from ray.train.torch import TorchTrainer, prepare_data_loader, prepare_model
+
+    def loop() -> None:
+        import torch
+
+        model, loader = loader_of(data, base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = 0
+        if saved := train.get_checkpoint():
+            with saved.as_directory() as path:
+                state = torch.load(f"{path}/state.pt")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        rank = train.get_context().get_world_rank()
+        model, loader = prepare_model(model), prepare_data_loader(loader)
+        while True:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                tell(folder, rank, step)
+                if step % SAVE == 0:
+                    with tempfile.TemporaryDirectory() as path:
+                        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                        torch.save(state, f"{path}/state.pt")
+                        train.report({}, checkpoint=train.Checkpoint(path) if rank == 0 else None)
+
+    ray.init("local", num_cpus=2, include_dashboard=False)
+    TorchTrainer(
+        loop,
+        scaling_config=train.ScalingConfig(num_workers=2),
+        run_config=train.RunConfig(storage_path=folder, failure_config=train.FailureConfig(max_failures=3)),
+    ).fit()
+
+
 # --- What is looked at
 
 
 class Peer:
-    """A run of Accelerate or Lightning; `steps` are its lines of rank 0."""
+    """A run of another launcher; `steps` are its lines of rank 0."""
 
     def __init__(self, bench: Bench, kind: str, number: int):
         config = bench.config("full")
@@ -173,7 +213,8 @@ class Manta:
         self.job.__exit__()
 
 
-ARMS = {"Manta on Ray Train": (Manta, ""), "HF Accelerate": (Peer, "accelerate"), "Lightning": (Peer, "lightning")}
+PEER = {"Ray Train alone": "ray", "HF Accelerate": "accelerate", "Lightning": "lightning"}
+ARMS = {"Manta on Ray Train": (Manta, ""), **{name: (Peer, kind) for name, kind in PEER.items()}}
 
 
 def measure(run: Any) -> dict[str, Any]:
@@ -264,6 +305,6 @@ def told(report: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peer"]:
-        {"accelerate": accelerate, "lightning": lightning}[sys.argv[2]](*sys.argv[3:])
+        {"ray": ray_train, "accelerate": accelerate, "lightning": lightning}[sys.argv[2]](*sys.argv[3:])
     else:
         main()
