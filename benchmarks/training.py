@@ -178,8 +178,9 @@ def step_tokens(folder: Path, config: Config, step: int) -> int:
     prepared = prepared_of(config)
     rows = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
     workers = config.num_workers
-    order = SampleOrder(len(rows), config.per_device_train_batch_size, workers, config.seed)
-    taken = [row for micro in range(workers) for row in order.micro_batch(step, micro)]
+    micros = config.micro_batches(workers)
+    order = SampleOrder(len(rows), config.per_device_train_batch_size, micros, config.seed)
+    taken = [row for micro in range(micros) for row in order.micro_batch(step, micro)]
     return sum(len(rows[row]["input_ids"]) for row in taken)
 
 
