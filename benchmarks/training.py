@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def main() -> None:
                 runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
                 print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
-    kind = f"{'full' if options.full_ft else 'lora'}-{options.dtype}"
+    kind = "-".join(["full" if options.full_ft else "lora", options.dtype, *options.data])
     publish(f"training-{kind}", report, told(report, options), to_files=not options.quick)
 
 
@@ -281,7 +282,7 @@ def told(report: dict[str, Any], options: argparse.Namespace) -> str:
         f"# Training side by side, {report['date']}",
         "",
         f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, {where(report)}. `python benchmarks/"
-        f"training.py --dtype {options.dtype}{' --full_ft' if options.full_ft else ''}`. Loss gap: the largest "
+        f"training.py {shlex.join(sys.argv[1:])}`. Loss gap: the largest "
         "difference of a step's loss from Manta's on the same samples; packed arms have other samples in a step.",
     ]
     for data in options.data:

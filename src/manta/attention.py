@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 
 DOCUMENTS = "documents"
@@ -138,12 +139,12 @@ def _one(
     )
 
 
-@torch.library.custom_op("manta::attend", mutates_args=(), device_types="cpu")
+@library.custom_op("manta::attend", mutates_args=(), device_types="cpu")
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Causal attention within documents, of products in bfloat16: half to a third of the time of torch's own on a CPU,
-    whose backward pass multiplies in float32.
+    """Causal attention within documents, of products in bfloat16: half the time of torch's own on a CPU where a row has
+    several documents (benchmarks/micro.py), most of it saved in the backward pass.
 
     [1, heads, length, size], keys and values with as many heads or a divisor of them, `ends` as in `documents`; returns
     [1, length, heads, size]. The weights of a block are made again in the backward pass, so that nothing is kept but
@@ -164,7 +165,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.T
     return query.new_empty(1, length, heads, size)
 
 
-@torch.library.custom_op("manta::attend_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("manta::attend_backward", mutates_args=(), device_types="cpu")
 def _attend_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,
@@ -188,15 +189,8 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _(gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.empty_like, inputs[:3]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

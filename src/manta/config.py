@@ -49,7 +49,7 @@ class Config(BaseModel):
         False, description="Compile the layers some steps into the run; undone, and said, if it does not pay"
     )
     fused_loss: Literal["auto", "on", "off"] = Field(
-        "auto", description="Loss and its gradient without logits of all tokens at once; auto: on CUDA"
+        "auto", description="Loss and its gradient without logits of all tokens at once; auto: on CUDA, or with LoRA"
     )
     use_liger_kernel: bool = Field(False, description="Fused Triton kernels of liger-kernel (CUDA only)")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import library
 from torch.nn.functional import cross_entropy
 from transformers import (
     AttentionInterface,
@@ -353,4 +354,4 @@ def test_the_operator_is_told_to_compilers_as_it_is():
     given = [torch.randn(1, count, 40, 16, dtype=torch.bfloat16, requires_grad=True) for count in (4, 2, 2)]
     ends = torch.tensor([0, 15, 40], dtype=torch.int32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention.attend, (*given, ends, 0.25), test_utils=tests)
+    library.opcheck(attention.attend, (*given, ends, 0.25), test_utils=tests)
