@@ -3,9 +3,9 @@
     make peers && python benchmarks/scaling.py [--steps 8] [--quick]
 
 The model, the data and the LoRA of training.py, bfloat16, 8 samples a step in all arms. Manta as `manta train` runs it:
-one worker, then two with FSDP; the others with DDP and padding to the longest row, as their examples have it. Order
-A B C D D C B A; real tokens per second between the ends of steps, the first two left out. Results go to
-benchmarks/results/<date>-scaling.{json,md}.
+one worker, then two with FSDP, which is the default, and with the frozen base whole on each; the others with DDP and
+padding to the longest row, as their examples have it. Order A B C … C B A; real tokens per second between the ends of
+steps, the first two left out. Results go to benchmarks/results/<date>-scaling.{json,md}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,13 +24,13 @@ from typing import Any
 from report import about, publish, where
 from training import BATCH, DATA, RANK, RATE, SEED, TARGETS, make_model, rate, run_manta, write_data
 
+TWO = {"num_workers": 2, "resources_per_worker": {"CPU": 1}, "per_device_train_batch_size": BATCH // 2}
 PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`
 WORKERS = {
     "Manta, 1 worker of 2 cores": {},
-    "Manta, 2 workers of 1 core": {
-        "num_workers": 2, "resources_per_worker": {"CPU": 1}, "per_device_train_batch_size": BATCH // 2,
-    },
-}  # fmt: skip
+    "Manta, 2 workers of 1 core, FULL_SHARD": TWO,
+    "Manta, 2 workers of 1 core, NO_SHARD": {**TWO, "sharding_strategy": "NO_SHARD"},
+}
 LIBRARIES = {"Accelerate, 2 processes": "accelerate", "Lightning, 2 processes": "lightning"}
 
 
@@ -87,8 +88,8 @@ def told(report: dict[str, Any]) -> str:
     lines = [
         f"# One worker and two, {report['date']}",
         "",
-        f"LoRA, bfloat16, alpaca's demo, {BATCH} samples a step; {where(report)}. `make peers && python "
-        "benchmarks/scaling.py`.",
+        f"LoRA, bfloat16, alpaca's demo, {BATCH} samples a step; {where(report)}. `python benchmarks/scaling.py "
+        f"{shlex.join(sys.argv[1:])}`, with the peers of `make peers` where they are.",
         "",
         "| | real tok/s | of one worker |",
         "|---|---|---|",

@@ -176,15 +176,11 @@ def run_manta(
 
 
 def step_tokens(folder: Path, config: Config, step: int) -> int:
-    from manta.data.batches import Rows, SampleOrder
+    from manta.data.batches import SampleOrder
 
-    prepared = prepared_of(config)
-    rows = Rows(prepared.tokenized("training").with_format("numpy"), prepared.packs())
-    workers = config.num_workers
-    micros = config.micro_batches(workers)
-    order = SampleOrder(len(rows), config.per_device_train_batch_size, micros, config.seed)
-    taken = [row for micro in range(micros) for row in order.micro_batch(step, micro)]
-    return sum(len(rows[row]["input_ids"]) for row in taken)
+    lengths, micros = prepared_of(config).sequences(), config.micro_batches(config.num_workers)
+    order = SampleOrder(len(lengths), config.per_device_train_batch_size, micros, config.seed)
+    return int(lengths[order.step(step)].sum())
 
 
 class Peak:

@@ -117,9 +117,9 @@ def max_gap(ours: dict[int, float], theirs: dict[int, float]) -> float:
 
 def order_of(config: Config) -> SampleOrder:
     """The order of samples that `config` stands for, over its prepared data."""
-    rows = len(prepared_of(config).tokenized("training"))
+    lengths = prepared_of(config).lengths("training")[0]
     micro_batches = config.gradient_accumulation_steps * (config.nominal_workers or config.num_workers or 1)
-    return SampleOrder(rows, config.per_device_train_batch_size, micro_batches, config.seed)
+    return SampleOrder(len(lengths), config.per_device_train_batch_size, micro_batches, config.seed, lengths)
 
 
 def prepared_of(config: Config) -> Prepared:

@@ -105,9 +105,7 @@ def _train(
     layout = model.settle_layout(network, config, placement)
     fused = loss.settle(network, config, placement.device.type)
     divided = _divided(config, verdict["split"])
-    batch = divided.per_device_train_batch_size
-    lengths = np.full(batch, config.max_seq_length) if config.packing else prepared.lengths("training")[0]
-    largest = memory.largest(lengths, batch, layout)
+    largest = memory.largest(prepared.sequences(), divided.per_device_train_batch_size, layout)
     recomputed = memory.settle(divided, placement, largest)
     activations.recompute(network, recomputed[0])
     _tell(mailbox, rank, network, placement, layout, fused, recomputed)
@@ -210,7 +208,8 @@ def make_trainer(
         validation = Rows(validation.select(picked, keep_in_memory=True))
     world = placement.world_size
     micro_batches = config.micro_batches(world)
-    order = SampleOrder(len(training), config.per_device_train_batch_size, micro_batches, config.seed)
+    batch, lengths = config.per_device_train_batch_size, prepared.sequences()
+    order = SampleOrder(len(training), batch, micro_batches, config.seed, lengths)
     by_answers = config.metric_for_best != METRIC
     callbacks: list[Any] = [
         StopOnRequestCallback(mailbox, run),

@@ -160,9 +160,9 @@ def micro_batches(entries: list[ledger.Entry]) -> Iterator[tuple[int, int, int]]
 
 def consumed(config: Config, steps: int) -> Counter[tuple[int, int, int]]:
     """Every sample of the first steps, as the order predicts it."""
-    rows = len(locate(config)[0].tokenized("training"))
+    lengths = locate(config)[0].lengths("training")[0]
     count = config.gradient_accumulation_steps * (config.nominal_workers or 1)
-    order = SampleOrder(rows, config.per_device_train_batch_size, count, config.seed)
+    order = SampleOrder(len(lengths), config.per_device_train_batch_size, count, config.seed, lengths)
     entries = [(step, index, order.micro_batch(step, index)) for step in range(steps) for index in range(count)]
     return Counter(micro_batches(entries))
 

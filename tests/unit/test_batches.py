@@ -1,6 +1,7 @@
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,3 +200,32 @@ def test_a_loader_gives_the_batches_in_order(workers):
         Rows(SAMPLES), batch_sampler=batches, collate_fn=partial(collate, pad_token_id=0), num_workers=workers
     )
     assert [batch["rows"].tolist() for batch in loader] == list(batches)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=40),
+    batch=st.integers(1, 5),
+    micro_batches=st.integers(1, 6),
+    seed=st.integers(0, 2**32),
+)
+def test_a_step_has_the_same_rows_dealt_by_length_or_not(lengths, batch, micro_batches, seed):
+    plain = SampleOrder(len(lengths), batch, micro_batches, seed)
+    dealt = SampleOrder(len(lengths), batch, micro_batches, seed, np.array(lengths))
+    for step in range(5):
+        micros = [dealt.micro_batch(step, index) for index in range(micro_batches)]
+        assert all(len(micro) == batch for micro in micros)
+        assert sorted(row for micro in micros for row in micro) == sorted(plain.step(step))
+
+
+def test_micro_batches_have_about_as_many_tokens():
+    """Skewed lengths, as of instructions: of the slowest micro-batch of each step, a fifth less."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 4000).astype(int)
+
+    def slowest(order):
+        tokens = [[lengths[order.micro_batch(step, index)].sum() for index in range(4)] for step in range(100)]
+        return np.max(tokens, axis=1).sum() / np.mean(tokens, axis=1).sum()
+
+    plain = slowest(SampleOrder(len(lengths), 4, 4, 7))
+    dealt = slowest(SampleOrder(len(lengths), 4, 4, 7, lengths))
+    assert dealt < 1.15 and dealt < 0.8 * plain

@@ -90,6 +90,14 @@ def test_packs_are_read_back_as_they_were_saved(tmp_path):
     assert all(isinstance(sample, int) for sample in again[0])
 
 
+def test_tokens_of_a_pack_are_those_of_its_samples():
+    lengths = np.array([5, 7, 11, 13])
+    packs = Packs(np.array([0, 2, 3, 6]), np.array([3, 0, 1, 2, 2, 0]))
+    expected = [sum(int(lengths[sample]) for sample in packs[index]) for index in range(len(packs))]
+    assert packs.tokens(lengths).tolist() == expected == [18, 7, 27]
+    assert Packs.singly(np.array([2, 2, 0])).tokens(lengths).tolist() == [11, 11, 5]
+
+
 def test_singly_gives_each_sample_a_sequence():
     assert members(Packs.singly(np.array([4, 4, 0]))) == [[4], [4], [0]]
 

@@ -1,12 +1,14 @@
 """Which rows a step consumes, in which micro-batch, on which rank: the same whatever the number of workers.
 
 A step owns M micro-batches of B rows. Its rows are the next M·B of an endless stream of permutations, one per epoch,
-keyed by (seed, epoch), so that the position is a function of the step alone. Micro-batch j belongs to rank j mod W;
-where M is not a multiple of W, the ranks without one get a fully masked row, which token-normalised loss weighs 0.
+keyed by (seed, epoch), so that the position is a function of the step alone. They are dealt out by length, so that
+micro-batches have about as many tokens: ranks wait for the slowest. Micro-batch j belongs to rank j mod W; where M is
+not a multiple of W, the ranks without one get a fully masked row, which token-normalised loss weighs 0.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,19 +33,27 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleOrder:
-    """The global order of samples: `rows` in the dataset, `batch` rows a micro-batch, `micro_batches` a step."""
+    """The global order of samples: `rows` in the dataset, `batch` rows a micro-batch, `micro_batches` a step.
+
+    `lengths`, tokens of each row, if they differ.
+    """
 
     rows: int
     batch: int
     micro_batches: int
     seed: int
+    lengths: np.ndarray | None = None
 
     def micro_batch(self, step: int, index: int) -> list[int]:
         """Rows of micro-batch `index` (0 … M-1) of step `step` (0-based), B of them."""
-        first = (step * self.micro_batches + index) * self.batch
-        return [self._row(position) for position in range(first, first + self.batch)]
+        return _dealt(self, step)[index]
+
+    def step(self, step: int) -> list[int]:
+        """Rows of step `step` as the stream has them."""
+        size = self.micro_batches * self.batch
+        return [self._row(position) for position in range(step * size, (step + 1) * size)]
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, self.rows)
@@ -52,6 +62,22 @@ class SampleOrder:
     def epochs(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step * self.micro_batches * self.batch / self.rows
+
+
+@lru_cache(maxsize=4)
+def _dealt(order: SampleOrder, step: int) -> list[list[int]]:
+    """The micro-batches of a step: the longest row first, each to where the fewest tokens are and there is room."""
+    rows, lengths = order.step(step), order.lengths
+    if lengths is None or order.micro_batches == 1:
+        return [rows[first : first + order.batch] for first in range(0, len(rows), order.batch)]
+    dealt: list[list[int]] = [[] for _ in range(order.micro_batches)]
+    open_ones = [(0, index) for index in range(order.micro_batches)]  # a heap of (tokens, micro-batch)
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        tokens, index = heapq.heappop(open_ones)
+        dealt[index].append(row)
+        if len(dealt[index]) < order.batch:
+            heapq.heappush(open_ones, (tokens + int(lengths[row]), index))
+    return dealt
 
 
 def most_tokens(lengths: np.ndarray, batch: int, layout: Layout) -> int:

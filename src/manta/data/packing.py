@@ -25,6 +25,10 @@ class Packs:
     def __getitem__(self, index: int) -> list[int]:
         return self.samples[self.offsets[index] : self.offsets[index + 1]].tolist()
 
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Of each sequence, from those of the samples, `lengths`."""
+        return np.add.reduceat(lengths[self.samples], self.offsets[:-1])
+
     def save(self, path: Path) -> None:
         np.savez(path, offsets=self.offsets, samples=self.samples)
 

@@ -90,6 +90,11 @@ class Prepared:
         """The sequences of training where a sequence is not one sample."""
         return Packs.load(self.path / PACKS) if (self.path / PACKS).exists() else None
 
+    def sequences(self) -> np.ndarray:
+        """Tokens of each sequence of training."""
+        lengths, packs = self.lengths("training")[0], self.packs()
+        return lengths if packs is None else packs.tokens(lengths)
+
 
 def locate(config: Config) -> tuple[Prepared, dict[str, Any]]:
     """Where the prepared data of `config` is or will be, and what shapes it. Raises UserError on unusable input."""
