@@ -54,7 +54,7 @@ ARMS = {
 SAME_SAMPLES = ("manta", "manta full-checkpointing", "trl padded")  # in each step, and the same labels
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP = {"manta compiled": 13}  # steps that are not timed; 2 of other arms
+WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged
 
 
 def make_model(folder: Path, quick: bool) -> None:
@@ -170,6 +170,7 @@ def run_manta(
         "times": [line["time"] for line in lines],
         "tokens": tokens,
         "losses": [line["loss"] for line in lines],
+        "warm_up": COMPILED if config.torch_compile else WARM_UP,
         "peak_bytes": peak.stop(),
         "seconds": result["seconds"],
     }
@@ -178,7 +179,7 @@ def run_manta(
 def step_tokens(folder: Path, config: Config, step: int) -> int:
     from manta.data.batches import SampleOrder
 
-    lengths, micros = prepared_of(config).sequences(), config.micro_batches(config.num_workers)
+    lengths, micros = prepared_of(config).sequences, config.micro_batches(config.num_workers)
     order = SampleOrder(len(lengths), config.per_device_train_batch_size, micros, config.seed)
     return int(lengths[order.step(step)].sum())
 
@@ -241,9 +242,9 @@ def run_peer(
     return json.loads(Path(job["report"]).read_text())
 
 
-def rate(report: dict[str, Any], first: int = 2) -> float:
-    """Tokens per second of a run from step `first` on, counted from 0."""
-    times, tokens = report["times"], report["tokens"]
+def rate(report: dict[str, Any]) -> float:
+    """Tokens per second of a run, warm-up left out."""
+    times, tokens, first = report["times"], report["tokens"], report.get("warm_up", WARM_UP)
     return sum(tokens[first:]) / (times[-1] - times[first - 1])
 
 
@@ -269,9 +270,7 @@ def main() -> None:
             for arm in order:
                 run = run_manta if arm.startswith("manta") else run_peer
                 runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
-                print(
-                    f"{data}, {arm}: {rate(runs[arm][-1], WARM_UP.get(arm, 2)):,.0f} tok/s", file=sys.stderr, flush=True
-                )
+                print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
     kind = "-".join(["full" if options.full_ft else "lora", options.dtype, *options.data])
     publish(f"training-{kind}", report, told(report, options), to_files=not options.quick)
@@ -288,9 +287,7 @@ def told(report: dict[str, Any], options: argparse.Namespace) -> str:
     for data in options.data:
         lines += ["", f"## {data}", "", "| arm | real tok/s | Manta is faster by | peak memory, MiB | loss gap |"]
         lines.append("|---|---|---|---|---|")
-        rates = {
-            arm: statistics.median(rate(run, WARM_UP.get(arm, 2)) for run in runs) for arm, runs in report[data].items()
-        }
+        rates = {arm: statistics.median(map(rate, runs)) for arm, runs in report[data].items()}
         ours_rate = rates.get("manta") or max(value for arm, value in rates.items() if arm.startswith("manta"))
         for arm, runs in report[data].items():
             peak = statistics.median(run["peak_bytes"] for run in runs) / 2**20

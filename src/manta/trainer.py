@@ -268,7 +268,7 @@ class MantaTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
         if self.copy is not None:
             self.copy.load(self.model, self.plain_optimizer(), self.lr_scheduler)
-            shutil.rmtree(self.copy.folder)  # the library has read the trainer's state before
+            shutil.rmtree(self.copy.folder, ignore_errors=True)  # the library has read the trainer's state before
         elif checkpoint_path is not None:
             checkpoint.load_optimizer(Path(checkpoint_path), self.model, self.plain_optimizer(), self.lr_scheduler)
 

@@ -105,7 +105,7 @@ def _train(
     layout = model.settle_layout(network, config, placement)
     fused = loss.settle(network, config, placement.device.type)
     divided = _divided(config, verdict["split"])
-    largest = memory.largest(prepared.sequences(), divided.per_device_train_batch_size, layout)
+    largest = memory.largest(prepared.sequences, divided.per_device_train_batch_size, layout)
     recomputed = memory.settle(divided, placement, largest)
     activations.recompute(network, recomputed[0])
     _tell(mailbox, rank, network, placement, layout, fused, recomputed)
@@ -208,7 +208,7 @@ def make_trainer(
         validation = Rows(validation.select(picked, keep_in_memory=True))
     world = placement.world_size
     micro_batches = config.micro_batches(world)
-    batch, lengths = config.per_device_train_batch_size, prepared.sequences()
+    batch, lengths = config.per_device_train_batch_size, prepared.sequences
     order = SampleOrder(len(training), batch, micro_batches, config.seed, lengths)
     by_answers = config.metric_for_best != METRIC
     callbacks: list[Any] = [

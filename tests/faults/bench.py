@@ -16,10 +16,8 @@ import torch
 from faults.job import Job
 from manta import ledger
 from manta.config import Config
-from manta.data.batches import SampleOrder
-from manta.data.prepare import locate
 from manta.runs import Run
-from running import logged, small_config
+from running import logged, order_of, small_config
 from tiny import tiny_model
 
 STEPS, SAVE = 80, 10
@@ -160,10 +158,10 @@ def micro_batches(entries: list[ledger.Entry]) -> Iterator[tuple[int, int, int]]
 
 def consumed(config: Config, steps: int) -> Counter[tuple[int, int, int]]:
     """Every sample of the first steps, as the order predicts it."""
-    lengths = locate(config)[0].lengths("training")[0]
-    count = config.gradient_accumulation_steps * (config.nominal_workers or 1)
-    order = SampleOrder(len(lengths), config.per_device_train_batch_size, count, config.seed, lengths)
-    entries = [(step, index, order.micro_batch(step, index)) for step in range(steps) for index in range(count)]
+    order = order_of(config)
+    entries = [
+        (step, index, order.micro_batch(step, index)) for step in range(steps) for index in range(order.micro_batches)
+    ]
     return Counter(micro_batches(entries))
 
 

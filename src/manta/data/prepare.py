@@ -18,6 +18,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ class Prepared:
         """The sequences of training where a sequence is not one sample."""
         return Packs.load(self.path / PACKS) if (self.path / PACKS).exists() else None
 
+    @cached_property
     def sequences(self) -> np.ndarray:
         """Tokens of each sequence of training."""
         lengths, packs = self.lengths("training")[0], self.packs()
