@@ -89,7 +89,7 @@ def compare(folder: Path, shape: tuple[Any, ...]) -> dict[str, Any]:
             "hf_model_id": model_of(folder, hidden, layers, vocabulary), "full_ft": trained == "full", "dtype": dtype,
             "attn_implementation": "documents" if layout == "joined" else "sdpa", "lora_rank": 16, "device": "cpu",
             "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation,
-            "max_seq_length": length, "nominal_workers": workers,
+            "max_seq_length": length, "nominal_workers": workers, "sharding_strategy": "FULL_SHARD",
         }
     )  # fmt: skip
     largest = Shape(1, rows * length) if layout == "joined" else Shape(rows, length, "padded")

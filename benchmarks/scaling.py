@@ -3,7 +3,7 @@
     make peers && python benchmarks/scaling.py [--steps 8] [--quick]
 
 The model, the data and the LoRA of training.py, bfloat16, 8 samples a step in all arms. Manta as `manta train` runs it:
-one worker, then two with FSDP, which is the default, and with the frozen base whole on each; the others with DDP and
+one worker, then two, each with a whole base since it is frozen and fits, and two with FSDP; the others with DDP and
 padding to the longest row, as their examples have it. Order A B C … C B A; real tokens per second between the ends of
 steps, the first two left out. Results go to benchmarks/results/<date>-scaling.{json,md}.
 """
@@ -28,8 +28,8 @@ TWO = {"num_workers": 2, "resources_per_worker": {"CPU": 1}, "per_device_train_b
 PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`
 WORKERS = {
     "Manta, 1 worker of 2 cores": {},
-    "Manta, 2 workers of 1 core, FULL_SHARD": TWO,
-    "Manta, 2 workers of 1 core, NO_SHARD": {**TWO, "sharding_strategy": "NO_SHARD"},
+    "Manta, 2 workers of 1 core": TWO,
+    "Manta, 2 workers of 1 core, FULL_SHARD": {**TWO, "sharding_strategy": "FULL_SHARD"},
 }
 LIBRARIES = {"Accelerate, 2 processes": "accelerate", "Lightning, 2 processes": "lightning"}
 

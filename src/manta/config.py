@@ -24,7 +24,7 @@ from manta.references import writable
 
 Metric = Literal["eval_loss", "exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf"]
 GENERATED = frozenset(get_args(Metric)) - {"eval_loss"}  # figures of answers
-ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
+ShardingStrategy = Literal["auto", "FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 
 
 class Config(BaseModel):
@@ -167,7 +167,7 @@ class Config(BaseModel):
     )
     ray_address: str | None = Field(None, description="Ray cluster to join (auto, ip:port); default: one of our own")
     sharding_strategy: ShardingStrategy = Field(
-        "FULL_SHARD", description="FSDP: shard all; keep weights gathered; shard within nodes; plain DDP"
+        "auto", description="FSDP: shard all; keep weights gathered; within nodes; DDP. auto: DDP if a frozen base fits"
     )
     fsdp_cpu_offload: bool = Field(False, description="Keep sharded weights in host memory between uses")
     max_failures: int = Field(

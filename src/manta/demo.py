@@ -65,6 +65,7 @@ def run_demo(folder: Path, num_workers: int = 2) -> dict[str, Any]:
         "max_seq_length": 64,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "none",
+        "sharding_strategy": "FULL_SHARD",
         "logging_steps": 5,
         "eval_steps": 25,
         "save_steps": 50,

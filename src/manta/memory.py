@@ -1,4 +1,4 @@
-"""What a worker's memory is for, part by part, before there is a weight; and what is computed again for want of it.
+"""What a worker's memory is for, part by part, before there is a weight.
 
 What stands still (weights, optimizer, buffers of FSDP, copies) follows from shapes; what comes and goes in a step is
 counted by running it without storage.
@@ -6,26 +6,24 @@ counted by running it without storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
-from manta import architecture, attention, checkpoint, loss, model
+from manta import architecture, attention, loss, model
 from manta.activations import Recomputed, recompute
 from manta.config import Config
 from manta.data.batches import Layout, most_tokens
 from manta.model import Placement
-from manta.simulation import LARGE, Shape, simulate
+from manta.simulation import KINDS, LARGE, Kind, Shape, Step, passes, simulate
 
-_SHARE = 0.7  # of what is free: allocators fragment, and a spare process wants some too
 # Threads, kernels' buffers and modules that are imported late, on a CPU: benchmarks/results/*-plan.md.
 RUNTIME = 52 * 2**20
-_CGROUP = Path("/sys/fs/cgroup")
+_FEW_LAYERS = (2, 3)
+# Of what is alive, a CPU's heap held up to 0.4 besides in models of some size: tests/unit/test_memory.py.
+_HELD, _HELD_BESIDES = 0.5, 32 * 2**20
 _ADAM = 8  # bytes of optimizer state per trained parameter where the optimizer cannot be tried
 
 
@@ -74,40 +72,6 @@ class Memory:
         return self.total - self.weights - self.adapters
 
 
-def settle(config: Config, placement: Placement, shape: Shape) -> tuple[Recomputed, str]:
-    """What is computed again, the same on all ranks, and why; asked when the model is loaded.
-
-    The fastest of the three that fits into what is free; the smallest if none does.
-    """
-    if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing, "as asked"
-    free = min(checkpoint.gather(free_bytes(placement)))
-    what, needed = choose(lambda what: estimate(config, placement, shape, what), free)
-    if needed is None:
-        return "full", "its memory cannot be estimated"
-    return what, f"{needed.beside_weights / 2**30:.1f} of {free / 2**30:.1f} GiB for {shape.tokens:,} tokens"
-
-
-def choose(needs: Callable[[Recomputed], Memory | None], free: int) -> tuple[Recomputed, Memory | None]:
-    """What `auto` stands for with `free` bytes beside the weights, and what is needed then.
-
-    `needs` is asked only as far as necessary.
-    """
-
-    def fits(needed: Memory) -> bool:
-        return needed.beside_weights <= _SHARE * free
-
-    everything = needs("none")
-    if everything is None:
-        return "full", None
-    if fits(everything):
-        return "none", everything
-    least = needs("full")
-    if least is not None and fits(least) and (some := needs("selective")) is not None and fits(some):
-        return "selective", some
-    return "full", least
-
-
 def largest(lengths: np.ndarray, batch: int, layout: Layout) -> Shape:
     """The largest micro-batch of `batch` sequences there can be."""
     tokens = most_tokens(lengths, batch, layout)
@@ -125,6 +89,36 @@ def estimate(config: Config, placement: Placement, shape: Shape, what: Recompute
     shards, several = _shards(config, placement), accumulates(config, placement)
     if (step := simulate(network, placement, shape, several, shards, optimizer_bytes(config))) is None:
         return None
+    return _of_step(standing, step, config, placement)
+
+
+def at_most(config: Config, placement: Placement, shape: Shape) -> Memory | None:
+    """No less than `estimate` finds where nothing is computed again, in the time of a few layers.
+
+    In the forward pass each further layer keeps as much as the one before it; what the backward pass adds is no more
+    than its most for few layers; and all gradients are counted. None where layers are not alike, or cannot run without
+    storage.
+    """
+    network = bare_network(config, placement, shape)
+    standing, layers = _standing(config, network, placement), len(model.layer_names(network))
+    if layers < max(_FEW_LAYERS) or not model.has_layers_alike(network):
+        return None
+    found: list[tuple[dict[Kind, float], dict[Kind, float]]] = []
+    for few in _FEW_LAYERS:
+        if (both := passes(bare_network(config, placement, shape, few), placement, shape)) is None:
+            return None
+        found.append(both)
+    (fewer, _), (more, backward) = found
+    times = (layers - _FEW_LAYERS[1]) / (_FEW_LAYERS[1] - _FEW_LAYERS[0])
+    most = {kind: int(more[kind] + times * (more[kind] - fewer[kind]) + backward[kind]) for kind in KINDS}
+    trained = {name: each.numel() for name, each in network.named_parameters() if each.requires_grad}
+    shards = _shards(config, placement)
+    most["gradients"] = sum(4 * size // (1 if model.is_adapter(name) else shards) for name, size in trained.items())
+    held = _HELD * sum(most.values()) + _HELD_BESIDES if placement.device.type == "cpu" else 0
+    return _of_step(standing, Step(**most, held=int(held)), config, placement)
+
+
+def _of_step(standing: Memory, step: Step, config: Config, placement: Placement) -> Memory:
     offloaded = config.fsdp_cpu_offload and placement.device.type != "cpu"
     return replace(
         standing,
@@ -136,9 +130,11 @@ def estimate(config: Config, placement: Placement, shape: Shape, what: Recompute
     )
 
 
-def bare_network(config: Config, placement: Placement, shape: Shape) -> Any:
-    """The model as it is trained, without storage: dtypes, adapters, attention."""
+def bare_network(config: Config, placement: Placement, shape: Shape, layers: int | None = None) -> Any:
+    """The model as it is trained, without storage: dtypes, adapters, attention. With `layers`, so many of its own."""
     bare: Any = architecture.skeleton(config)
+    if layers:
+        model.shorten(bare, layers)
     bare.to(torch.float32 if config.full_ft and _shards(config, placement) == 1 else placement.dtype)
     attention.register()
     asked = config.attn_implementation
@@ -153,17 +149,6 @@ def bare_network(config: Config, placement: Placement, shape: Shape) -> Any:
 def accumulates(config: Config, placement: Placement) -> bool:
     """Whether a worker's step has several micro-batches, so that gradients are there beside activations."""
     return config.micro_batches(placement.world_size) > placement.world_size
-
-
-def free_bytes(placement: Placement) -> int:
-    """What this worker can still have: of its GPU, or its part of the node's memory or of the container's."""
-    if placement.device.type == "cuda":
-        return torch.cuda.mem_get_info(placement.device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        free = min(free, limit - used)
-    return free * placement.nodes // placement.world_size
 
 
 def _shards(config: Config, placement: Placement) -> int:
@@ -253,11 +238,3 @@ def optimizer_bytes(config: Config) -> float:
         return sum(each.nbytes for each in kept if each.numel() > 1) / matrix.numel()
     except Exception:  # not installed, or for GPUs only
         return _ADAM
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None

@@ -1,7 +1,7 @@
 """The model as each worker builds it. The only room that tells full fine-tuning from LoRA.
 
-Sharding happens at load: with several workers `from_pretrained(distributed_config=…)` makes every parameter a DTensor
-and each worker reads only its own shards, so that host memory does not grow with the number of workers.
+What is sharded is so at load: `from_pretrained(distributed_config=…)` makes every parameter a DTensor and each worker
+reads only its own shards, so that host memory does not grow with the number of workers.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def settle_layout(model: Any, config: Config, placement: Placement) -> Layout:
 
 
 def build(config: Config, placement: Placement, weights: Path | None = None) -> Any:
-    """The model to train, sharded over the workers, with LoRA adapters unless `full_ft`.
+    """The model to train, sharded over the workers unless NO_SHARD, with LoRA adapters unless `full_ft`.
 
-    `weights` is a checkpoint's folder of trained weights to go on from. What is trained is float32; a frozen base has
-    the compute dtype.
+    `sharding_strategy` is settled (`fit.settle`). `weights` is a checkpoint's folder of trained weights to go on from.
+    What is trained is float32; a frozen base has the compute dtype.
     """
     source = weights if weights and config.full_ft else config.hf_model_id
     return adapted(_load_base(config, placement, str(source)), config, placement, weights)
@@ -298,3 +298,15 @@ def layer_names(model: Any) -> set[str]:
         return any(kind.__name__ in kinds for kind in type(module).__mro__)
 
     return {name for name, module in model.named_modules() if is_layer(module) and name[-1:].isdigit()}
+
+
+def has_layers_alike(model: Any) -> bool:
+    """Whether the decoder layers are one stack and have the same shapes."""
+    names = layer_names(model)
+    shapes = {tuple(each.shape for each in model.get_submodule(name).parameters()) for name in names}
+    return len(shapes) == 1 and len({name.rpartition(".")[0] for name in names}) == 1
+
+
+def shorten(model: Any, count: int) -> None:
+    """Leave `model`, whose layers are one stack, its first `count`."""
+    del model.get_submodule(min(layer_names(model)).rpartition(".")[0])[count:]

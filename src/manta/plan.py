@@ -7,21 +7,17 @@ a worker (`memory`); steps and tokens from the data (`workload`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from manta import accelerators, architecture, cluster, memory, model, probe, runs, spares, storage, workload
+from manta import accelerators, architecture, cluster, fit, memory, model, probe, runs, spares, storage, workload
 from manta.accelerators import USABLE
-from manta.activations import Recomputed
 from manta.config import Config
 from manta.errors import UserError
-from manta.memory import Memory
 from manta.model import Placement
 
 GIB = 2**30
@@ -97,23 +93,11 @@ class _Planned:
         known = work.source == "prepared" and not config.packing
         lengths = work.lengths if known else np.full(batch, config.max_seq_length)
         self.shape = memory.largest(lengths, batch, self.layout)
-        self.needs: Callable[[Recomputed], Memory | None] = cache(
-            lambda what: memory.estimate(config, self.placement, self.shape, what)
+        room = place.room - self.framework
+        self.settled = fit.settle(config, self.placement, self.shape, fit.Room(room, room))
+        self.memory = self.settled.needed or memory.estimate(
+            self.settled.config, self.placement, self.shape, self.settled.recomputed
         )
-        self.recomputed, self.why, self.memory = self._choose()
-
-    def _choose(self) -> tuple[Recomputed, str, Memory | None]:
-        asked = self.config.gradient_checkpointing
-        if asked != "auto":
-            return asked, "as asked", self.needs(asked)
-        some = self.needs("none")
-        if some is None:
-            return "full", "its memory cannot be estimated", None
-        free = self.place.room - self.framework - some.weights - some.adapters
-        chosen, needed = memory.choose(self.needs, free)
-        assert needed is not None
-        told = f"{needed.beside_weights / GIB:.1f} of {max(0, free) / GIB:.1f} GiB beside the weights"
-        return chosen, told, needed
 
     def expected(self) -> int:
         """The most that a worker has in a step, without a checkpoint being written."""
@@ -149,10 +133,11 @@ class _Planned:
             "place": asdict(self.place),
             "chosen": {
                 "dtype": str(self.placement.dtype).removeprefix("torch."),
+                "sharding_strategy": self.settled.config.sharding_strategy,
                 "attention": self.attention,
                 "layout": self.layout,
-                "gradient_checkpointing": self.recomputed,
-                "why": self.why,
+                "gradient_checkpointing": self.settled.recomputed,
+                "why": self.settled.why,
             },
             "micro_batch": {"rows": self.config.per_device_train_batch_size, "tokens": self.shape.tokens},
             "memory": {
@@ -187,7 +172,7 @@ class _Planned:
         return {"tokens_per_second": rate and round(rate, 1), "hours": hours and _figures(hours), "from": source}
 
     def published_rate(self, mfu: float) -> float:
-        flops = workload.flops_per_token(self.config, self.bare, self.work.seen, self.recomputed)
+        flops = workload.flops_per_token(self.config, self.bare, self.work.seen, self.settled.recomputed)
         return mfu * (self.place.flops or 0) * self.place.workers / flops
 
 
@@ -211,7 +196,7 @@ def _here(config: Config, framework: int) -> Place:
         native = model.computes_bfloat16("cuda")
         return Place(name, "cuda", int(0.97 * room), fewest, 1, known and known.flops, native)
     one = Placement(torch.device("cpu"), fewest)
-    free = memory.free_bytes(one) + (framework - RAY) // fewest  # this process's own goes with it
+    free = fit.free_bytes(one) + (framework - RAY) // fewest  # this process's own goes with it
     return Place("this machine's CPU", "cpu", free, fewest, bfloat16=model.computes_bfloat16("cpu"))
 
 
@@ -238,7 +223,7 @@ def _probe(mine: _Planned) -> probe.Measured:
     room = torch.cuda.device_count() if mine.place.device == "cuda" else mine.place.workers
     workers = min(mine.place.workers, max(1, room))
     threads = max(1, int(cluster.resources_per_worker(mine.config, mine.place.device).get("CPU", 1)))
-    return probe.probe(mine.config, mine.place.device, workers, mine.shape, mine.recomputed, threads)
+    return probe.probe(mine.settled.config, mine.place.device, workers, mine.shape, mine.settled.recomputed, threads)
 
 
 def _compared(config: Config, place: Place, work: workload.Workload, bare: Any, mfu: float) -> dict[str, Any]:
@@ -249,7 +234,7 @@ def _compared(config: Config, place: Place, work: workload.Workload, bare: Any, 
         "name": place.name,
         "room": place.room,
         "dtype": str(there.placement.dtype).removeprefix("torch."),
-        "gradient_checkpointing": there.recomputed,
+        "gradient_checkpointing": there.settled.recomputed,
         "needs": there.total,
         "fits": there.fits,
         "tokens_per_second": round(rate, 1),
@@ -288,7 +273,7 @@ def _remedies(mine: _Planned) -> list[dict[str, Any]]:
     """What would need less, one change at a time, with what is needed then."""
     config, place = mine.config, mine.place
     changes: list[tuple[str, dict[str, Any], int]] = []
-    if mine.recomputed != "full":
+    if mine.settled.recomputed != "full":
         changes.append(("--gradient_checkpointing full", {"gradient_checkpointing": "full"}, 1))
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if batch > 1:

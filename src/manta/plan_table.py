@@ -36,9 +36,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     share = found["trainable"] / found["parameters"]
     counts = f"{_count(found['parameters'])} parameters, {_count(found['trainable'])} trained"
     say(f"{found['model']}: {counts} ({share:.1%}, {found['training']})")
+    sharded = f"{chosen['sharding_strategy']}, " * (place["workers"] > 1)
     say(
         f"{place['workers']} worker{'s' if place['workers'] > 1 else ''} on {place['name']}: {chosen['dtype']}, "
-        f"{chosen['attention']} attention, "
+        f"{sharded}{chosen['attention']} attention, "
         f"{'padded' if chosen['layout'] == 'padded' else 'without padding'}, gradient checkpointing "
         f"{chosen['gradient_checkpointing']} ({chosen['why']})"
     )

@@ -97,7 +97,7 @@ def page(it: Record, beside: bool = True) -> str:
     )
 
 
-_CHOSEN = ("dtype", "attention", "layout", "gradient_checkpointing")
+_CHOSEN = ("dtype", "sharding_strategy", "attention", "layout", "gradient_checkpointing")
 
 
 def pictures(it: Record) -> list[str]:

@@ -25,6 +25,7 @@ from manta.model import Placement
 Kind = Literal["activations", "logits", "casts", "gradients"]
 # From this size on the C library gives memory back when it is freed (glibc's M_MMAP_THRESHOLD at most: mallopt(3)).
 LARGE = 32 * 2**20
+_CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)  # what a model says that reads values
 KINDS: tuple[Kind, ...] = ("activations", "logits", "casts", "gradients")
 
 
@@ -62,26 +63,24 @@ def simulate(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    edges = torch.tensor([0, shape.tokens], dtype=torch.int32)  # has values: attention reads them
+    edges = _edges(shape)
     heap = Heap() if placement.device.type == "cpu" else None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            network.to_empty(device="cpu")  # the devices differ in attention, which saves as much on both
-            network.tie_weights()
-            alive = _Alive(network, shape, heap)
+            alive = _bare(network, shape, heap)
             trained = [(name, each) for name, each in network.named_parameters() if each.requires_grad]
             sizes = {each: 4 * each.numel() / (1 if model.is_adapter(name) else shards) for name, each in trained}
             alive.follow_gradients(sizes, accumulates)
             with alive:
-                _step(network, placement, shape, edges)
+                _forward(network, placement, shape, edges).backward()
                 standing = 0.0
                 if heap:  # the optimizer's state lies between what comes and goes, and holes stay
                     standing = sum(sizes.values()) * state / 4
                     for size in sizes.values():
                         heap.take(int(size * state / 4))
                     alive.end_step(accumulates)
-                    _step(network, placement, shape, edges)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+                    _forward(network, placement, shape, edges).backward()
+    except _CANNOT:
         return None
     finally:
         if heap:
@@ -90,7 +89,41 @@ def simulate(
     return Step(**{kind: int(alive.at_peak[kind]) for kind in KINDS}, held=int(held))
 
 
-def _step(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor) -> None:
+def passes(network: Any, placement: Placement, shape: Shape) -> tuple[dict[Kind, float], dict[Kind, float]] | None:
+    """Of each kind the most bytes in the forward pass, and in the backward pass, each when most of it is alive.
+
+    Sooner known than what `simulate` finds, since the heap is left out. None as there; gradients are not counted.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    edges = _edges(shape)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            alive = _bare(network, shape, None)
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+            with alive:
+                loss = _forward(network, placement, shape, edges)
+                forward, alive.most_of = alive.most_of, alive.now.copy()
+                loss.backward()
+    except _CANNOT:
+        return None
+    return forward, alive.most_of
+
+
+def _bare(network: Any, shape: Shape, heap: Heap | None) -> _Alive:
+    network.to_empty(device="cpu")  # the devices differ in attention, which saves as much on both
+    network.tie_weights()
+    return _Alive(network, shape, heap)
+
+
+def _edges(shape: Shape) -> torch.Tensor:
+    """Made outside of what has no values: attention reads them."""
+    return torch.tensor([0, shape.tokens], dtype=torch.int32)
+
+
+def _forward(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor) -> torch.Tensor:
     rows, length = (1, shape.tokens) if shape.layout == "joined" else (shape.rows, shape.length)
     ids = torch.zeros(rows, length, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "shift_labels": ids, "use_cache": False}
@@ -104,9 +137,8 @@ def _step(network: Any, placement: Placement, shape: Shape, edges: torch.Tensor)
     with model.autocast(replace(placement, device=ids.device)):
         found = network(**inputs)
     logits = found.logits.float()  # accelerate gives every output in float32
-    loss = found.loss
-    del found, logits
-    loss.backward()
+    del logits
+    return found.loss
 
 
 class _Alive(TorchDispatchMode):
@@ -115,7 +147,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self, network: Any, shape: Shape, heap: Heap | None):
         super().__init__()
         self.now: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
-        self.at_peak = self.now.copy()
+        self.at_peak, self.most_of = self.now.copy(), self.now.copy()
         self.most = 0.0
         self.heap = heap
         self._gradients: list[tuple[float, int | None]] = []
@@ -179,5 +211,6 @@ class _Alive(TorchDispatchMode):
 
     def _add(self, kind: Kind, size: float) -> None:
         self.now[kind] += size
+        self.most_of[kind] = max(self.most_of[kind], self.now[kind])
         if (total := sum(self.now.values())) > self.most:
             self.most, self.at_peak = total, self.now.copy()

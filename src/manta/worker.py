@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray import train
 
-from manta import activations, checkpoint, copies, diagnosis, loss, memory, model, progress, quiet, storage
+from manta import checkpoint, copies, diagnosis, fit, loss, model, progress, quiet, storage
 from manta.callbacks import (
     ProgressCallback,
     RayTrainReportCallback,
@@ -100,15 +100,13 @@ def _train(
     verdict = _announce(mailbox, rank, start, "copy" if copy else "checkpoint" if resume else "start")
 
     reseed(config.seed)
-    network = model.build(config, placement, resume / model.WEIGHTS if resume else None)
-    model.assert_sharded(network, config, placement)
-    layout = model.settle_layout(network, config, placement)
-    fused = loss.settle(network, config, placement.device.type)
     divided = _divided(config, verdict["split"])
-    largest = memory.largest(prepared.sequences, divided.per_device_train_batch_size, layout)
-    recomputed = memory.settle(divided, placement, largest)
-    activations.recompute(network, recomputed[0])
-    _tell(mailbox, rank, network, placement, layout, fused, recomputed)
+    if verdict["split"] > 1 and config.sharding_strategy == "auto":  # memory was less than estimated
+        divided = divided.model_copy(update={"sharding_strategy": "FULL_SHARD"})
+    weights = resume / model.WEIGHTS if resume else None
+    network, layout, settled = fit.build(divided, placement, prepared.sequences, weights)
+    fused = loss.settle(network, config, placement.device.type)
+    _tell(mailbox, rank, network, placement, layout, fused, settled)
     committed = copy.committed if copy else start
     saver = Saver(run, committed, lease, config.async_save, partial(_note, mailbox, rank))
     trainer = make_trainer(config, run, prepared, network, saver, start, placement, layout, mailbox, verdict["split"])
@@ -150,22 +148,24 @@ def _tell(
     placement: model.Placement,
     layout: Layout,
     fused: bool,
-    recomputed: tuple[activations.Recomputed, str],
+    settled: fit.Settled,
 ) -> None:
     """What was chosen for this model and machine."""
     if rank or mailbox is None:
         return
     chosen = {
         "dtype": str(placement.dtype).removeprefix("torch."),
+        "sharding_strategy": settled.config.sharding_strategy,
         "attention": network.config._attn_implementation,
         "layout": layout,
         "fused_loss": fused,
-        "gradient_checkpointing": recomputed[0],
+        "gradient_checkpointing": settled.recomputed,
     }
+    sharded = f"{chosen['sharding_strategy']}, " * (placement.world_size > 1)
     padding = "padded" if layout == "padded" else "without padding"
     text = (
-        f"{chosen['dtype']}, {chosen['attention']} attention, batches {padding}, {'fused loss, ' * fused}"
-        f"gradient checkpointing {recomputed[0]} ({recomputed[1]})"
+        f"{chosen['dtype']}, {sharded}{chosen['attention']} attention, batches {padding}, "
+        f"{'fused loss, ' * fused}gradient checkpointing {chosen['gradient_checkpointing']} ({settled.why})"
     )
     mailbox.put.remote({"kind": "setup", "text": text, **chosen, "versions": versions()})
 

@@ -95,7 +95,7 @@ def test_worker_that_is_asked_to_leave_saves_first(config, undisturbed, rank):
     (failure,) = events(run, "failure")
     assert failure["cause"] == "preemption" and f"rank {rank} was asked to leave" in failure["text"]
     done = max(line["step"] for line in lines(run.metrics_file) if line["attempt"] == 1 and "loss" in line)
-    assert second["step"] >= 5 and done - second["step"] <= 1
+    assert 5 <= second["step"] <= done < STEPS  # while the checkpoint is written, steps go on
     assert first["workers"][rank]["pid"] not in [worker["pid"] for worker in second["workers"]]
     assert_as_undisturbed(config, run, undisturbed)
 

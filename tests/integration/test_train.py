@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["lora", "full"])
 def result(request: pytest.FixtureRequest, folder: Path, ray_cluster: None) -> dict[str, Any]:
-    return train(small_config(folder, full_ft=request.param == "full"))
+    return train(small_config(folder, full_ft=request.param == "full", sharding_strategy="FULL_SHARD"))
 
 
 def test_eval_loss_falls(result):
@@ -53,6 +53,17 @@ def test_base_is_sharded_in_halves_over_both_workers(result):
     for worker in result["sharding"]:
         assert worker["replicated"] == 0 and worker["sharded"] >= 20
         assert 0.45 <= worker["local_bytes"] / worker["total_bytes"] <= 0.55
+
+
+def test_a_frozen_base_is_whole_by_default_and_training_the_same(result, folder):
+    if run_of(result).config().full_ft:
+        pytest.skip("what is trained is sharded")
+    plain = train(small_config(folder, run_name="whole", gradient_checkpointing="auto"))
+    (setup,) = [event for event in run_of(plain).events() if event["kind"] == "setup"]
+    assert setup["sharding_strategy"] == "NO_SHARD" and ", NO_SHARD, " in setup["text"]
+    for worker in plain["sharding"]:
+        assert worker["sharded"] == 0 and worker["local_bytes"] == worker["total_bytes"]
+    assert max_gap(logged(run_of(plain), "loss"), logged(run_of(result), "loss")) <= 1e-5
 
 
 def test_trained_weights_moved(result, folder):
@@ -200,12 +211,11 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from manta import activations, checkpoint, memory, model, worker
+    from manta import activations, checkpoint, model, worker
     from manta.callbacks import RayTrainReportCallback
     from manta.data.prepare import Prepared
     from manta.runs import checkpoint_path
     from manta.saver import Saver
-    from manta.simulation import Shape
 
     world = ray_train.get_context().get_world_size()
 
@@ -229,7 +239,7 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
             before = {name: local(parameter) for name, parameter in network.named_parameters()}
             saver = Saver(run, start, None, config.async_save, print)
             layout = model.settle_layout(network, config, placement)
-            activations.recompute(network, memory.settle(config, placement, Shape(1, 96, layout))[0])
+            activations.recompute(network, config.gradient_checkpointing)
             trainer = worker.make_trainer(config, run, prepared, network, saver, start, placement, layout)
             trainer.remove_callback(RayTrainReportCallback)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -286,6 +296,7 @@ def variants(folder: Path, ray_cluster: None) -> dict[str, Any]:
     }
     made: dict[str, Any] = {}
     for name, values in settings.items():
+        values = {"sharding_strategy": "FULL_SHARD", **values}
         config = small_config(folder, nominal_workers=2, lora_dropout=0.1, **values)
         made[name] = {**config.to_dict(), "prepared": str(prepare_only(config))}
     return on_workers(train_variants, {"variants": made, "runs": str(folder / "variants")}, folder / "ray")

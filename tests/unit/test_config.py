@@ -44,7 +44,6 @@ GUIDE = {
     "max_failures": 2,
     "torch_timeout_s": 7200,
     "placement_strategy": "SPREAD",
-    "sharding_strategy": "FULL_SHARD",
     "fsdp_cpu_offload": False,
     "trust_remote_code": False,
     "num_workers": None,

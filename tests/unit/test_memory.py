@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from manta import activations, architecture, attention, memory, model
+from manta import activations, architecture, attention, fit, memory, model
 from manta.config import Config
 from manta.heap import Heap
-from manta.memory import Memory
 from manta.model import Placement
 from manta.probe import resident
 from manta.simulation import Shape
@@ -25,7 +23,6 @@ from tiny import tiny_model
 
 LENGTH = 96
 HERE = Placement(torch.device("cpu"))
-NOTHING = Memory(*[0] * 10)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gpt2"])
@@ -98,6 +95,30 @@ def test_a_step_without_storage_has_as_much_alive_as_a_real_one(folder, full_ft,
     assert alive == pytest.approx(really(config, what, dtype), rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("full_ft", [True, False], ids=["full", "lora"])
+def test_the_bound_from_few_layers_is_above_the_estimate_and_not_far(full_ft, dtype, tmp_path):
+    model_of = tiny_model(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    config = config_of(model_of, full_ft=full_ft, lora_target_modules="all-linear", lora_rank=8)
+    placement = Placement(torch.device("cpu"), 2, dtype=dtype)
+    for shape in (Shape(1, 2048), Shape(4, 16, "padded")):
+        found, bound = memory.estimate(config, placement, shape, "none"), memory.at_most(config, placement, shape)
+        assert found is not None and bound is not None
+        without = found.beside_weights - found.held
+        assert without <= bound.beside_weights - bound.held <= 1.5 * without
+        assert found.beside_weights <= bound.beside_weights
+
+
+def test_there_is_no_bound_for_layers_that_differ(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plain = tiny_model(tmp_path / "plain", num_hidden_layers=4)
+    network = AutoModelForCausalLM.from_pretrained(plain)
+    assert model.has_layers_alike(network)
+    network.model.layers[2].mlp.up_proj = torch.nn.Linear(8, 8)
+    assert not model.has_layers_alike(network)
+
+
 def test_the_less_is_kept_the_less_is_needed(folder):
     config = config_of(folder, full_ft=True)
     needed = [memory.estimate(config, HERE, Shape(1, LENGTH), what).activations for what in activations.ALL]
@@ -126,28 +147,6 @@ def test_the_optimizers_state_is_tried():
     assert memory.optimizer_bytes(Config(optim="sgd")) == 0
     assert 0 < memory.optimizer_bytes(Config(optim="adafactor")) < 1
     assert memory.optimizer_bytes(Config(optim="no_such_optimizer")) == 8
-
-
-def test_as_little_as_memory_allows_is_computed_again(folder, monkeypatch):
-    config = config_of(folder, full_ft=True)
-    for free, wanted in ((1 << 40, "none"), (0, "full")):
-        monkeypatch.setattr(memory, "free_bytes", lambda placement, free=free: free)
-        assert memory.settle(config, HERE, Shape(1, LENGTH))[0] == wanted
-    asked = config.model_copy(update={"gradient_checkpointing": "selective"})
-    assert memory.settle(asked, HERE, Shape(1, LENGTH)) == ("selective", "as asked")
-
-
-@pytest.mark.parametrize(
-    ("free", "wanted", "estimates"), [(200, "none", 1), (100, "selective", 3), (40, "full", 3), (1, "full", 2)]
-)
-def test_no_more_is_estimated_than_is_needed_to_choose(free, wanted, estimates):
-    sizes, asked = {"none": 100, "selective": 60, "full": 20}, []
-
-    def needs(what: Any) -> Memory:
-        asked.append(what)
-        return Memory(**{**NOTHING.__dict__, "activations": sizes[what]})
-
-    assert memory.choose(needs, free)[0] == wanted and len(asked) == estimates
 
 
 def test_the_largest_micro_batch_is_as_it_is_laid_out():
@@ -185,17 +184,6 @@ def test_a_model_that_reads_values_is_not_estimated(tmp_path):
     ).save_pretrained(tmp_path)  # fmt: skip
     config = config_of(str(tmp_path), full_ft=True)
     found = memory.estimate(config, HERE, Shape(1, 32), "none")
-    wanted = "none" if found else "full"
-    assert memory.choose(lambda what: memory.estimate(config, HERE, Shape(1, 32), what), 1 << 40)[0] == wanted
-
-
-def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path, monkeypatch):
-    here = Placement(torch.device("cpu"), world_size=4, nodes=2)
-    whole = memory.free_bytes(Placement(torch.device("cpu")))
-    assert whole > 1 << 20
-    (tmp_path / "memory.max").write_text("4096\n")
-    (tmp_path / "memory.current").write_text("1024\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.free_bytes(here) == 3072 // 2
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(here) > 4096
+    settled = fit.settle(config, HERE, Shape(1, 32), fit.Room(1 << 40, 1 << 40))
+    assert settled.recomputed == ("none" if found else "full")
+    assert found is None or memory.at_most(config, HERE, Shape(1, 32)) is None  # two layers are none to go on from

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from manta import accelerators, architecture, memory, workload
+from manta import accelerators, architecture, fit, workload
 from manta.cli import main
 from manta.config import Config
 from manta.errors import ConfigError
@@ -110,7 +110,7 @@ def test_what_does_not_fit_says_what_would(folder, tmp_path, monkeypatch):
     needed = plan(config)
     assert needed["fits"] and needed["chosen"]["gradient_checkpointing"] == "none"
     parts = needed["memory"]
-    monkeypatch.setattr(memory, "free_bytes", lambda placement: RAY + parts["runtime"] + parts["weights"])
+    monkeypatch.setattr(fit, "free_bytes", lambda placement: RAY + parts["runtime"] + parts["weights"])
     found = plan(config)
     assert found["fits"] is False and found["memory"]["total"] > found["place"]["room"]
     assert found["chosen"]["gradient_checkpointing"] == "full"
