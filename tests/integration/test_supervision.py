@@ -176,6 +176,7 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(tmp_path, record_prope
     assert failure["cause"] == "out_of_memory"
     assert [attempt["split"] for attempt in events(run, "attempt")] == [1, 2]
     assert any("4 rows from here on, not 8" in note["text"] for note in events(run, "note"))
+    assert [setup["sharding_strategy"] for setup in events(run, "setup")] == ["NO_SHARD", "FULL_SHARD"]
 
     smaller = named(config, "smaller", per_device_train_batch_size=4, gradient_accumulation_steps=2)
     other = run_of(train(smaller))
