@@ -89,6 +89,7 @@ def signal_worker(job: Job, row: Row, rank: int, number: signal.Signals, interva
 
 
 def kill_in_save(job: Job, row: Row) -> None:
+    job.steps_more(2)  # beyond the step that was hurt before: one that fails twice ends the run
     pids = job.freeze_in_save()
     now = time.time()
     (unfinished,) = job.unfinished()
