@@ -116,7 +116,7 @@ def test_a_node_is_lost_and_comes_back(nodes, tmp_path, record_property):
     assert [failure["cause"] for failure in of_kind(run, "failure")] == ["node", "resize"]
     resumed = of_kind(run, "attempt")[2]["step"]  # saved for the planned resize; Ray takes a moment to end the workers
     record_property("resized", f"at step {step_of(run, 2)}, from {resumed}")
-    assert resumed % SAVE and step_of(run, 2) - resumed < 20
+    assert step_of(run, 2) - resumed < 20
     order = order_of(config)
     expected = [(step, index, order.micro_batch(step, index)) for step in range(STEPS) for index in range(4)]
     assert ledger.read(run.ledger, STEPS) == expected
