@@ -61,8 +61,10 @@ def build(
     usual, there = model.usual_layout(attention, config), room(placement)
 
     def settled_for(layout: Layout, config: Config) -> Settled:
+        """By rank 0 for all: what a heap holds is not the same twice, and ranks that disagree wait for ever."""
         shape = memory.largest(sequences, config.per_device_train_batch_size, layout)
-        return settle(config, placement, shape, there, quick=True)
+        first = checkpoint.rank() == 0
+        return checkpoint.gather(settle(config, placement, shape, there, quick=True) if first else None)[0]
 
     settled = settled_for(usual, config)
     network = model.build(settled.config, placement, weights)
