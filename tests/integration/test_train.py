@@ -264,6 +264,26 @@ def train_variants(argument: dict[str, Any]) -> dict[str, Any]:
     return {name: one({**values, "run_name": name}) for name, values in argument["variants"].items()}
 
 
+def build_apart(argument: dict[str, Any]) -> list[str]:
+    """On each worker: load the model, where rank 1 by itself would find that nothing can be estimated."""
+    import numpy as np
+    from ray import train as ray_train
+
+    from manta import checkpoint, fit, model
+
+    context = ray_train.get_context()
+    if context.get_world_rank() == 1:
+        fit.at_most = fit.estimate = lambda *arguments: None
+    placement = model.Placement(torch.device("cpu"), context.get_world_size())
+    _, _, settled = fit.build(Config.from_dict(argument["config"]), placement, np.full(8, 96))
+    return checkpoint.gather(settled.config.sharding_strategy)
+
+
+def test_all_ranks_settle_on_what_the_first_does(folder):
+    config = small_config(folder, gradient_checkpointing="auto")
+    assert on_workers(build_apart, {"config": config.to_dict()}, folder / "apart") == ["NO_SHARD", "NO_SHARD"]
+
+
 def gpt2(folder: Path) -> str:
     from transformers import GPT2Config, GPT2LMHeadModel
 
