@@ -88,7 +88,7 @@ def settle(config: Config, placement: Placement, shape: Shape, there: Room, quic
     first: Recomputed = "none" if asked == "auto" else asked
 
     def needs(tried: Config, what: Recomputed) -> Memory | None:
-        bound = at_most(tried, placement, shape) if quick else None
+        bound = at_most(tried, placement, shape) if quick and what == first else None
         return bound if bound and fits(bound, there.device) else estimate(tried, placement, shape, what)
 
     def settled(tried: Config, what: Recomputed, needed: Memory | None) -> Settled:
