@@ -132,7 +132,7 @@ def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def manta(job: dict[str, Any]) -> dict[str, Any]:
     """MantaTrainer with what `auto` chooses; the model alone is made here instead of being loaded."""
-    from manta import activations, architecture, attention, loss, memory, model
+    from manta import activations, architecture, attention, fit, loss, model
     from manta.config import Config
     from manta.data.batches import Rows, SampleOrder
     from manta.data.packing import Packs
@@ -155,13 +155,14 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(job["device"])
     placement = model.Placement(device, dtype=torch.bfloat16)
     attention.register()
+    there = fit.room(placement)
     chosen = model.attention_of(config, device.type, architecture.skeleton(config))
     base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else torch.bfloat16, chosen)
     network = model.adapted(base, config, placement)
     layout = model.settle_layout(network, config, placement)
     loss.settle(network, config, device.type)
-    recomputed = memory.settle(config, placement, Shape(1, job["capacity"], layout))
-    activations.recompute(network, recomputed[0])
+    settled = fit.settle(config, placement, Shape(1, job["capacity"], layout), there)
+    activations.recompute(network, settled.recomputed)
     packs = documents(job["capacity"], job["steps"], job["shape"]["vocab_size"])
     flat = [document for pack in packs for document in pack]
     samples = [{"input_ids": each, "labels": each.copy(), "row": row} for row, each in enumerate(flat)]
@@ -179,7 +180,7 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
         fingerprint="",
         start_step=0,
     )
-    return {**stepped(trainer, job), "attention": chosen, "checkpointing": " ".join(recomputed)}
+    return {**stepped(trainer, job), "attention": chosen, "checkpointing": f"{settled.recomputed} ({settled.why})"}
 
 
 def trl(job: dict[str, Any]) -> dict[str, Any]:

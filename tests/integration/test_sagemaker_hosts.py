@@ -34,7 +34,7 @@ pytestmark = [
 FIRST, SECOND = "algo-1", "algo-2"
 ADDRESS = {FIRST: "10.78.0.1", SECOND: "10.78.0.2"}
 S3 = 5000
-STEPS, STOPPED_AFTER = 200, 20
+STEPS, STOPPED_AFTER = 600, 20  # more than are done between two lines of the display
 PYTHON = sys.executable
 RAY_SECRET = secrets.token_hex(32)
 
