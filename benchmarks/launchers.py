@@ -2,8 +2,8 @@
 
     make peers && python benchmarks/launchers.py [--quick]
 
-All train every weight of the same small model on the same tokens, on two CPU processes with gloo, import torch,
-transformers, peft and datasets, and save every 20 steps in the usual way of each. The order is A B C D D C B A. In
+All train every weight of the same small model on the same tokens, on two CPU processes with gloo, import what Manta's
+workers do (`manta.imports`), and save every 20 steps in the usual way of each. The order is A B C D D C B A. In
 each run the process of rank 1 gets SIGKILL ten steps after a save; who watches gives the same command again as soon as
 the first one has ended, if it has. Results go to benchmarks/results/<date>-launchers.{json,md}.
 """
@@ -11,6 +11,7 @@ the first one has ended, if it has. Results go to benchmarks/results/<date>-laun
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from report import about, publish, where
 
 from faults.bench import Bench
-from faults.job import MARK, Job, kill_marked
+from faults.job import Job, kill_marked, marks
+from manta.imports import OF_WORKERS
 from running import lines, prepared_of
 
 SAVE, BATCH = 20, 4
@@ -41,11 +43,11 @@ PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`: what training i
 
 
 def loader_of(data: str, base: str) -> Any:
-    import datasets  # noqa: F401  # as a fine-tuning script has it
-    import peft  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM
 
+    for name in OF_WORKERS:
+        importlib.import_module(name)
     rows = [torch.tensor(row) for row in json.loads(Path(data).read_text())]
 
     def collate(batch: list[Any]) -> dict[str, Any]:
@@ -167,11 +169,12 @@ class Peer:
         data = self.folder / "data.json"
         data.write_text(json.dumps([row["input_ids"] for row in prepared_of(config).tokenized("training")]))
         script = [__file__, "--peer", kind, str(self.folder), config.hf_model_id, str(data)]
-        # Of several processes on CPUs, `accelerate launch` leaves the start to MPI, or to torchrun as here.
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        # `--multi_gpu` has it start processes, which the script puts on CPUs; with `--cpu` it would want MPI.
+        launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         self.command = [*(launch if kind == "accelerate" else [sys.executable]), *script]
         quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.environment = {**os.environ, **quiet, MARK: str(self.folder), "PYTHONPATH": str(PEERS)}
+        self.environment = {**os.environ, **quiet, **marks(str(self.folder)), "PYTHONPATH": str(PEERS)}
 
     def start(self) -> None:
         with (self.folder / "out").open("ab") as output:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from report import about, publish, where
 
 from faults.bench import Bench
-from faults.job import MARK, Job, kill_marked
+from faults.job import Job, kill_marked, marks
 from running import lines, prepared_of
 
 SAVE, BATCH, ACCUMULATION = 20, 2, 6
@@ -137,7 +137,7 @@ class Stock:
 
     def __enter__(self) -> Stock:
         quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "RAY_worker_niceness": "0"}
-        environment = {**os.environ, **quiet, MARK: self.mark, "RAY_TMPDIR": self.ray_folder}
+        environment = {**os.environ, **quiet, **marks(self.mark), "RAY_TMPDIR": self.ray_folder}
         with (self.folder / "out").open("wb") as output:
             self.driver = subprocess.Popen(self.command, env=environment, stdout=output, stderr=output)
         return self

@@ -32,6 +32,8 @@ TIMEOUTS = {
 _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
 # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
 _IDLE = {"num_workers_soft_limit": 64}
+# Processes that Ray starts before anybody asks belong to no job yet, and could not be forked as the others are.
+_FORKED = {"prestart_worker_first_driver": False}
 SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
 # What is set where the command is typed, and holds for all workers: networks, and whether the hub is asked.
@@ -70,7 +72,7 @@ def connected(config: Config, python: str | None = None) -> Iterator[None]:
             ray.init(
                 address=address or "local",  # None would also take a cluster that somebody else left here
                 include_dashboard=None if config.ray_address else False,
-                _system_config=None if address else SYSTEM,
+                _system_config=None if address else SYSTEM | (_FORKED if python else {}),
                 runtime_env={"env_vars": _for_the_controller()} if address else None,
                 log_to_driver=quiet.is_verbose(),
                 logging_level=level,
@@ -107,17 +109,18 @@ def connected(config: Config, python: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def forking(config: Config) -> Iterator[str | None]:
+def forking(config: Config, *modules: str) -> Iterator[str | None]:
     """A fork server in the block, for a cluster of our own: what `connected` takes as `python`.
 
-    Begun while there is something else to do, its imports are done when the cluster is there.
+    `modules` are what its processes run, and import. Begun while there is something else to do, its imports are done
+    when the cluster is there.
     """
     import ray
 
     if _address(config) or ray.is_initialized():
         yield None
         return
-    with forkserver.running(threads(config)) as python:
+    with forkserver.running(threads(config), *modules) as python:
         yield python
 
 

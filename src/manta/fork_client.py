@@ -15,6 +15,8 @@ GREETING = b"go on"
 MOST_BYTES = 1 << 20
 _PATIENCE_S = 60.0  # with the imports of a server that has just begun
 _SETUP, _WORKER = "setup_worker.py", "default_worker.py"  # Ray's scripts, of which the first starts the second
+# Ray's agent of a node tries this one for 3 s, and the node waits for it, where another cluster of this machine has it.
+_PORT_FIXED, _PORT_FREE = "--listen-port=52365", "--listen-port=0"
 _CONTEXT, _LANGUAGE = "--serialized-runtime-env-context=", "--language="
 
 
@@ -28,7 +30,7 @@ def write(path: Path, server: Path) -> Path:
 
 def main(server: str, python: str) -> None:
     """Have the command line of this process run: by the server if it is Ray's for a worker, else by `python`."""
-    arguments = sys.argv[1:]
+    arguments = [_PORT_FREE if each == _PORT_FIXED else each for each in sys.argv[1:]]
     worker = worker_of(arguments)
     if worker is None or not ask(server, worker[0], {**os.environ, **worker[1]}):
         os.execv(python, [python, *arguments])
@@ -39,7 +41,10 @@ def worker_of(arguments: list[str]) -> tuple[list[str], dict[str, str]] | None:
 
     Ray's `setup_worker.py` does the same, after it has imported Ray: ray/_private/runtime_env/context.py
     """
-    if not arguments or Path(arguments[0]).name != _SETUP:
+    script = Path(arguments[0]).name if arguments else None
+    if script == _WORKER:  # without an environment of its own
+        return arguments, {}
+    if script != _SETUP:
         return None
     rest = [each for each in arguments[1:] if not each.startswith((_CONTEXT, _LANGUAGE))]
     given = [each.removeprefix(_CONTEXT) for each in arguments if each.startswith(_CONTEXT)]

@@ -4,13 +4,15 @@ It serves one cluster, of our own and on this machine; elsewhere, and wherever i
 the usual way. Ray is given `fork_client` for its Python, which has the server fork a process with the arguments,
 environment and files that it got, and is done.
 
-Ray itself is not imported ahead: the variables that it gives each process are read once, in its import. On fork servers
-in general: https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods
+Ray reads the variables that it gives each process once, in its import. So it is imported for the first process, under
+that one's variables, and whoever has others is not forked. On fork servers in general:
+https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import runpy
 import selectors
@@ -20,19 +22,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from manta import fork_client, imports, quiet
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")  # whose drivers do not survive a fork, once a library has asked for devices
 _LONGEST = 100  # of the path of a socket, and of one after #!, that every Linux takes
 _PATIENCE_S = 5.0
-# Variables in which a process may differ from the server: what is read when it is used, not in an import.
+# Variables in which processes may differ: what is read when it is used, not in an import.
 _MAY_DIFFER = (
-    "RAY_",
-    "__RAY_",
+    "RAY_RAYLET_PID",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
     "SPT_NOENV",
@@ -41,9 +46,14 @@ _MAY_DIFFER = (
 )
 
 
+_RAY = ("RAY_", "__RAY_")  # of which a process has more than the server, which Ray has not started
+
+
 @contextlib.contextmanager
-def running(threads: int) -> Iterator[str | None]:
+def running(threads: int, *modules: str) -> Iterator[str | None]:
     """A fork server for as long as the block, whose processes compute with `threads` unless OMP_NUM_THREADS says more.
+
+    `modules` are imported too, once Ray has asked for the first process: those that import Ray.
 
     Gives what Ray is to start as Python; None where that could not be: on other systems than Linux, with GPUs, and
     where folders for temporary files have long names or may hold no programs.
@@ -55,19 +65,19 @@ def running(threads: int) -> Iterator[str | None]:
         if not (possible and fits and os.access(fork_client.write(python, server), os.X_OK)):
             yield None
             return
-        with _started(server, threads):
+        with _started(server, threads, modules):
             yield str(python)
 
 
 @contextlib.contextmanager
-def _started(path: Path, threads: int) -> Iterator[None]:
+def _started(path: Path, threads: int, modules: Collection[str]) -> Iterator[None]:
     """The server in the block, at a socket that is there at once."""
     alive, ours = os.pipe()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
         listener.listen(64)
         server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listener.fileno()), str(alive)],
+            [sys.executable, "-m", __name__, str(listener.fileno()), str(alive), *modules],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -94,10 +104,10 @@ class Asked:
     files: list[int]
 
 
-def serve(listening: int, alive: int) -> Asked | None:
+def serve(listening: int, alive: int, modules: Collection[str]) -> Asked | None:
     """Fork whenever asked, until the other end of the pipe `alive` is gone; returns in each forked process, with what
     it is to be, and at last in the server, with None."""
-    environment = dict(os.environ)
+    ours, first = dict(os.environ), None
     with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as events:
         imports.ahead()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing
@@ -108,7 +118,10 @@ def serve(listening: int, alive: int) -> Asked | None:
             with connection, contextlib.suppress(OSError):  # of a client that has gone
                 connection.settimeout(_PATIENCE_S)
                 asked = _receive(connection)
-                process = os.fork() if _alike(environment, asked.environment) else None
+                if first is None and _alike(ours, asked.environment, _RAY):
+                    first = asked.environment
+                    _import_with_ray(modules, first)
+                process = os.fork() if first and _alike(first, asked.environment) else None
                 if process == 0:
                     return asked
                 for file in asked.files:
@@ -130,9 +143,40 @@ def _receive(connection: socket.socket) -> Asked:
     return Asked(folder, rest[: int(count)], dict(variables), files)
 
 
-def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+def _alike(one: Mapping[str, str], other: Mapping[str, str], but: Collection[str] = ()) -> bool:
     names = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
-    return all(name.startswith(_MAY_DIFFER) for name in names)
+    return all(name.startswith((*_MAY_DIFFER, *but)) for name in names)
+
+
+def _import_with_ray(modules: Collection[str], environment: dict[str, str]) -> None:
+    """Import Ray, and what needs it, under the variables of its processes. Raises RuntimeError if forks would be alike.
+
+    Nothing may draw an ID on the way: Ray's generator has its seed from then on, and every fork would draw the same.
+    What draws in an import is the decorator of classes in Ray's actor.py, for the ID of the class.
+    """
+    os.environ.update(environment)
+    with imports.quickly():
+        import ray.actor
+
+        kind = ray.actor.ActorClassID
+        drawn = SimpleNamespace(from_random=lambda: kind(os.urandom(kind.size())))
+        with patch.object(ray.actor, "ActorClassID", drawn):
+            for name in modules:
+                importlib.import_module(name)
+    if _drawn_by_a_fork() == _drawn_by_a_fork():
+        raise RuntimeError("forked processes would draw the same IDs: this Ray draws some while it is imported")
+
+
+def _drawn_by_a_fork() -> bytes:
+    import ray
+
+    there, here = os.pipe()
+    if os.fork() == 0:
+        os.write(here, ray.ObjectID.from_random().binary())
+        os._exit(0)
+    os.close(here)
+    with os.fdopen(there, "rb") as file:
+        return file.read()
 
 
 def become(asked: Asked) -> None:
@@ -159,5 +203,5 @@ def become(asked: Asked) -> None:
 
 
 if __name__ == "__main__":
-    if forked := serve(int(sys.argv[1]), int(sys.argv[2])):
+    if forked := serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]):
         become(forked)

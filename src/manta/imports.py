@@ -6,8 +6,9 @@ import atexit
 import gc
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # What a training worker imports, but for Ray, which must be imported where its environment is known.
 OF_WORKERS = (
@@ -46,6 +47,20 @@ def ahead(*more: str) -> None:
     with quickly():
         for name in (*OF_WORKERS, *more):
             importlib.import_module(name)
+
+
+@contextmanager
+def beside(name: str) -> Iterator[None]:
+    """Import `name` while the block waits for other processes; what goes wrong is told where it is imported next."""
+
+    def load() -> None:
+        with suppress(Exception):
+            importlib.import_module(name)
+
+    thread = threading.Thread(target=load, name=f"import {name}", daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def leave_quickly() -> None:

@@ -65,7 +65,7 @@ def _train(
         with phases("check"):
             refuse_if_held(run.path)
             cluster.check_device_before_start(config)
-            python = stack.enter_context(cluster.forking(config))
+            python = stack.enter_context(cluster.forking(config, "manta.worker", "manta.controller"))
             with imports.quickly():
                 from manta import architecture, extras, loss
 
@@ -83,7 +83,7 @@ def _train(
                 check_data(config, prepared, console)
         if job is not None:
             stack.callback(prepare.forget_sources, prepared)
-        with phases("ray"):
+        with phases("ray"), imports.beside("ray.train.torch"):
             stack.enter_context(cluster.connected(config, python))
         config = _place(config)
         nodes.check_storage([run.path.parent, prepared.path.parent])

@@ -42,7 +42,7 @@ class Job:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             **dict.fromkeys(SECRETS, CANARY),
-            MARK: self.mark,
+            **marks(self.mark),
             "RAY_TMPDIR": str(self.ray_folder),
             "CUDA_VISIBLE_DEVICES": "",
             "RAY_worker_niceness": "0",  # Ray's is 15: on a busy machine everybody else would come first
@@ -190,6 +190,14 @@ class Job:
                     if path.is_file() and CANARY.encode() in path.read_bytes():
                         found.append(str(path))
         return found
+
+
+def marks(mark: str) -> dict[str, str]:
+    """Variables by which `marked` finds a process, and those that it starts.
+
+    Without the second, a process of Ray's that gives itself a name writes over its environment.
+    """
+    return {MARK: mark, "SPT_NOENV": "1"}
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from faults.bench import Bench, Row
-from faults.job import MARK, SECRETS, kill_marked
+from faults.job import SECRETS, kill_marked, marks
 from faults.workers import SIGTERM, end
 from running import CANARY
 
@@ -28,7 +28,7 @@ class Nodes:
 
         self.mark, self.folder = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="mf"))
         secrets = dict.fromkeys(SECRETS, CANARY)
-        ours = {MARK: self.mark, "RAY_TMPDIR": str(self.folder), "RAY_worker_niceness": "0", **secrets}
+        ours = {**marks(self.mark), "RAY_TMPDIR": str(self.folder), "RAY_worker_niceness": "0", **secrets}
         self.before = {name: os.environ.get(name) for name in ours}
         os.environ |= ours
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": HEALTH})

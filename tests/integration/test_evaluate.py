@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from browser import browser, needs_browser, open_file
-from faults.job import MARK, kill_marked
+from faults.job import kill_marked, marks
 from manta.errors import UserError
 from manta.evaluate import Sampling, Scoring, evaluate
 from manta.runs import Run
@@ -102,7 +102,7 @@ def test_a_killed_evaluation_goes_on_with_the_answers_that_are_there(lora, tmp_p
     command += ["--max_tokens", "40", "--temperature", "0.9", "--max_samples", "12", "--bertscore_model", "off"]
     mark = f"killed-{os.getpid()}"
     with (tmp_path / "out").open("wb") as output:
-        driver = subprocess.Popen(command, env={**os.environ, MARK: mark}, stdout=output, stderr=output)
+        driver = subprocess.Popen(command, env={**os.environ, **marks(mark)}, stdout=output, stderr=output)
     try:
         limit = time.monotonic() + 120
         while not (new := [file for file in kept.glob("*.jsonl") if file not in before and len(lines(file)) >= 3]):

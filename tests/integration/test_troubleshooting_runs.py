@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from faults.disk import small_disk
-from faults.job import MARK, kill_marked
+from faults.job import kill_marked, marks
 from manta.cli import main
 from running import small_config, write_rows
 from tiny import tiny_model
@@ -150,7 +150,7 @@ def elsewhere(folder: Path, address: str) -> tuple[str, int]:
 
 def test_ray_that_does_not_start(folder):
     """Its raylet is stopped as soon as it is there."""
-    environment = {**os.environ, **NO_TOKEN, MARK: "slow"}
+    environment = {**os.environ, **NO_TOKEN, **marks("slow")}
     with subprocess.Popen(command(folder), env=environment, stderr=subprocess.PIPE, text=True) as driver:
         try:
             own = psutil.Process(driver.pid)

@@ -24,13 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 WORKER = """
 import json, os, sys
-torch = sys.modules.get("torch")
+torch, ray = sys.modules.get("torch"), sys.modules.get("ray")
 told = {
     "parent": os.getppid(), "group": os.getpgrp(), "pid": os.getpid(), "folder": os.getcwd(), "said": sys.stdin.read(),
     "arguments": sys.argv, "first": sys.path[0], "main": sys.modules["__main__"].__file__,
-    "ray": "ray" in sys.modules, "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
+    "modules": list(sys.modules), "threads": torch and torch.get_num_threads(),
     "memory": {line.split()[0]: int(line.split()[1]) for line in list(open("/proc/self/smaps_rollup"))[1:]},
-    "variables": dict(os.environ), "oom": open("/proc/self/oom_score_adj").read().strip(),
+    "variables": dict(os.environ), "id": ray and ray.ObjectID.from_random().hex(),
+    "oom": open("/proc/self/oom_score_adj").read().strip(),
 }
 print(json.dumps(told), flush=True)
 """
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def python() -> Iterator[str]:
     os.environ.pop("PYTEST_CURRENT_TEST", None)
-    with forkserver.running(1) as command:
+    with forkserver.running(1, "ray.train.torch") as command:
         assert command
         yield command
 
@@ -71,8 +72,9 @@ def run(python: str, command: list[str], told: Callable[[], str], **how: Any) ->
 
 
 def environment() -> dict[str, str]:
-    """Of this process, as it is for more than one test."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """Of a process of Ray's: that of this process, as it is for more than one test, and a job's."""
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return ours | {"RAY_JOB_ID": "01000000"}
 
 
 def asked(python: str, command: list[str], out: Path, said: str = "", **variables: str) -> Any:
@@ -83,15 +85,15 @@ def asked(python: str, command: list[str], out: Path, said: str = "", **variable
 
 
 def test_a_process_is_what_python_would_have_made_it(python, folder, tmp_path):
-    command = command_of(folder, "--node-id=ü 1", env_vars={"OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"})
-    told = json.loads(asked(python, command, tmp_path, "line\n", RAY_JOB_ID="01000000"))
+    command = command_of(folder, "--node-id=ü 1", env_vars={"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "a=b"})
+    told = json.loads(asked(python, command, tmp_path, "line\n", RAY_RAYLET_PID="7"))
     worker = str(folder / "default_worker.py")
     assert told["arguments"] == [worker, "--node-id=ü 1"] and told["main"] == worker and told["first"] == str(folder)
     assert told["said"] == "line\n" and told["folder"] == str(tmp_path)
-    wanted = {**environment(), "RAY_JOB_ID": "01000000", "OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"}
+    wanted = {**environment(), "RAY_RAYLET_PID": "7", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "a=b"}
     assert told["variables"] == wanted
     assert "manta.forkserver" in " ".join(psutil.Process(told["parent"]).cmdline())
-    assert set(imports.OF_WORKERS) <= set(told["modules"]) and not told["ray"]
+    assert {*imports.OF_WORKERS, "ray.train.torch"} <= set(told["modules"])
     assert told["memory"]["Pss:"] < 0.75 * told["memory"]["Rss:"], "it shares what was imported"
     assert told["threads"] == 2 and told["group"] == told["pid"] and told["oom"] == "1000"
 
@@ -115,7 +117,8 @@ def test_many_at_once_are_processes_of_their_own(python, folder, tmp_path):
     assert [each.wait(60) for each in started] == [0] * 12
     told = [json.loads(run("true", [], (place / "out").read_text)) for place in places]
     assert [each["arguments"][1] for each in told] == [str(number) for number in range(12)]
-    assert len({each["pid"] for each in told}) == 12
+    assert len({each["pid"] for each in told}) == len({each["id"] for each in told}) == 12
+    assert all(each["id"] for each in told)
     for file in files:
         file.close()
 
@@ -124,6 +127,7 @@ def test_many_at_once_are_processes_of_their_own(python, folder, tmp_path):
     ("context", "variables"),
     [
         ({}, {"HF_HUB_OFFLINE": "0", "HF_HOME": "/elsewhere"}),  # read in an import, which is over
+        ({}, {"RAY_JOB_ID": "02000000"}),
         ({"env_vars": {"LD_PRELOAD": ""}}, {}),
         ({"command_prefix": ["source activate &&"]}, {}),
         ({"override_worker_entrypoint": "/other.py"}, {}),
@@ -153,6 +157,15 @@ def test_without_a_server_and_with_one_that_hangs_python_starts(folder, tmp_path
         Path(python).write_text(patient.replace("_PATIENCE_S = 60.0", "_PATIENCE_S = 0.5"))
         assert asked(python, command_of(folder), tmp_path) == "not asked for\n"
     assert not server.is_running() and not Path(python).parent.exists()
+
+
+def test_no_fork_with_a_module_that_draws_one_of_rays_ids(folder, tmp_path, monkeypatch):
+    """All forked processes would draw the next ones alike, and take each other's objects for their own."""
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "drawing.py").write_text("import ray; ray.ObjectID.from_random()")
+    with forkserver.running(1, "drawing") as python:
+        assert python and asked(python, command_of(folder), tmp_path) == "not asked for\n"
 
 
 def test_a_driver_that_is_killed_leaves_no_server(tmp_path):
