@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
@@ -22,14 +21,13 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    from manta import cluster, forkserver
+    from manta import forkserver, head
 
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = CANARY
-    with forkserver.running(threads=1) as python:
+    with forkserver.running(threads=1) as server:
         try:
-            with cluster.starting(python):
-                ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            head.start(str(server.python) if server else None, num_cpus=2)
             yield
         finally:
             ray.shutdown()

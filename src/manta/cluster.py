@@ -9,12 +9,15 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from manta import forkserver, quiet
+from manta import forkserver, head, quiet
 from manta.config import Config
 from manta.errors import UserError
+from manta.forkserver import Server
+from manta.head import Head
 
 # What Ray Train waits for, in seconds, set where the user has not; docs/faults.md says what follows from each.
 TIMEOUTS = {
@@ -27,14 +30,6 @@ TIMEOUTS = {
     # How late a drained node is noticed; a preemption may leave no more than 30 s. Default 5.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
-# after the timeout (a cut cable). By default 3 s apart and 10 s long.
-_NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
-# Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
-_IDLE = {"num_workers_soft_limit": 64}
-# Processes that Ray starts before anybody asks belong to no job yet, and could not be forked as the others are.
-_FORKED = {"prestart_worker_first_driver": False}
-SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
 _KNOCK_S = 10
 # What is set where the command is typed, and holds for all workers: networks, and whether the hub is asked.
 _FORWARDED = (
@@ -49,36 +44,66 @@ _FORWARDED = (
 )
 
 
-@contextmanager
-def connected(config: Config, python: str | None = None) -> Iterator[None]:
-    """Ray is up inside. A cluster that was there before is left as it was; one of our own ends with the block.
+@dataclass(frozen=True)
+class Begun:
+    """A cluster of our own that is on its way, and the server from which its processes are forked; as far as we can."""
 
-    `python` is what a cluster of our own starts as Python for its processes, where it is not this one.
+    server: Server | None
+    head: Head | None
+
+    @property
+    def python(self) -> str | None:
+        """What the cluster has as Python for its processes, where that is not ours."""
+        return str(self.server.python) if self.server else None
+
+    def make_imports(self) -> None:
+        """Those of workers, which the driver shares with them if that is possible. Once is enough."""
+        if self.server:
+            self.server.begin()
+
+
+@contextmanager
+def begun(config: Config, *modules: str) -> Iterator[Begun | None]:
+    """For as long as the block: what `connected` would start first, for `config` to be checked meanwhile.
+
+    None where there is a cluster to join. `modules` are what its processes run, and import.
     """
-    for name, seconds in TIMEOUTS.items():
-        os.environ.setdefault(name, seconds)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
-    level = logging.INFO if quiet.is_verbose() else logging.ERROR
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _set_variables()
+    if _address(config) or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        yield None
+        return
+    with ExitStack() as stack:
+        ahead = Begun(stack.enter_context(forkserver.running(threads(config), *modules)), None)
+        if "ray" not in sys.modules:  # one that is imported already would not hear of the token that a cluster is given
+            ahead = replace(ahead, head=stack.enter_context(head.running(ahead.python)))
+        yield ahead
+
+
+@contextmanager
+def connected(config: Config, ahead: Begun | None = None) -> Iterator[None]:
+    """Ray is up inside: what was `begun` ahead, or a cluster to join, or one of our own that ends with the block.
+
+    A connection that was there before is left as it was.
+    """
+    _set_variables()
+    if ahead:
+        ahead.make_imports()
     import ray
 
     if ray.is_initialized():
         yield
         return
+    address = _address(config)
     try:
-        address = _address(config)
         _knock(address)
-        with starting(python):
-            ray.init(
-                address=address or "local",  # None would also take a cluster that somebody else left here
-                include_dashboard=None if config.ray_address else False,
-                _system_config=None if address else SYSTEM | (_FORKED if python else {}),
-                runtime_env={"env_vars": _for_the_controller()} if address else None,
-                log_to_driver=quiet.is_verbose(),
-                logging_level=level,
-            )
+        if address:
+            head.join(address, {"env_vars": _for_the_controller()})
+        elif ahead and ahead.head and (ours := ahead.head.address()):
+            head.join(ours)
+        else:
+            head.start(ahead.python if ahead else None)
     except (OSError, ValueError) as error:
-        where = _address(config) or "this machine"
+        where = address or "this machine"
         raise UserError(
             f"No Ray cluster at {where}: {error}. Start one with `ray start --head`, or leave out --ray_address for a "
             "cluster of Manta's own on this machine."
@@ -102,44 +127,22 @@ def connected(config: Config, python: str | None = None) -> Iterator[None]:
         ) from error
     try:
         for name in ("ray.data", "ray.train", "ray"):
-            logging.getLogger(name).setLevel(level)
+            logging.getLogger(name).setLevel(head.level())
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def forking(config: Config, *modules: str) -> Iterator[str | None]:
-    """A fork server in the block, for a cluster of our own: what `connected` takes as `python`.
-
-    `modules` are what its processes run, and import. Begun while there is something else to do, its imports are done
-    when the cluster is there.
-    """
-    import ray
-
-    if _address(config) or ray.is_initialized():
-        yield None
-        return
-    with forkserver.running(threads(config), *modules) as python:
-        yield python
 
 
 def _address(config: Config) -> str | None:
     return config.ray_address or os.environ.get("RAY_ADDRESS")
 
 
-@contextmanager
-def starting(python: str | None) -> Iterator[None]:
-    """A cluster that starts inside has `python` for its processes: Ray takes `sys.executable`, and asks for no other.
-
-    Its option `py_executable` comes too late: before it, each process imports Ray once in vain.
-    """
-    before = sys.executable
-    try:
-        sys.executable = python or before
-        yield
-    finally:
-        sys.executable = before
+def _set_variables() -> None:
+    """Of this process and those that it starts, before Ray is imported."""
+    for name, seconds in TIMEOUTS.items():
+        os.environ.setdefault(name, seconds)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it repeats what workers print
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _for_the_controller() -> dict[str, str]:

@@ -82,7 +82,7 @@ def run_demo(folder: Path, num_workers: int = 2) -> dict[str, Any]:
         hf_dataset_config=HFDatasetConfig(dataset_name=str(corpus), output_template="{text}"),
         **shared,
     )
-    with cluster.forking(pretraining) as python, cluster.connected(pretraining, python):
+    with cluster.begun(pretraining) as ahead, cluster.connected(pretraining, ahead):
         train(pretraining, console, title="1/2 pre-train")
         base = convert(Run(folder / "results" / "pretrain"), folder / "base")
         tuning = Config(

@@ -11,6 +11,7 @@ https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-method
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -22,10 +23,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn, Self
 from unittest.mock import patch
 
 from manta import fork_client, imports, quiet
@@ -46,52 +50,105 @@ _MAY_DIFFER = (
 )
 
 
+_NO_JOB = "ffffffff"
 _RAY = ("RAY_", "__RAY_")  # of which a process has more than the server, which Ray has not started
 
 
+class Server:
+    """A fork server at a socket that is there at once. Its processes compute with `threads` unless OMP_NUM_THREADS says
+    more, and have `modules` too, which import Ray.
+
+    A process that is at its beginning makes the imports itself and is forked for the server: they are made once, and
+    shared. One that has imported more already may have threads, and the server is begun beside it.
+    """
+
+    def __init__(self, folder: Path, threads: int, modules: Collection[str]):
+        self.python, self._socket = folder / "python", folder / "socket"
+        self._threads, self._modules = threads, modules
+        self._pid = self._listening = self._alive = self._ours = 0
+
+    def is_possible(self) -> bool:
+        fits = max(len(sys.executable), len(str(self._socket))) <= _LONGEST and " " not in sys.executable
+        if sys.platform != "linux" or any(map(os.path.exists, _GPUS)) or not fits:
+            return False
+        return os.access(fork_client.write(self.python, self._socket), os.X_OK)
+
+    def __enter__(self) -> Self:
+        self._alive, self._ours = os.pipe()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(self._socket))
+            listener.listen(64)
+            self._listening = listener.detach()
+        self._is_early = not {"ray", "torch"} & sys.modules.keys()
+        if not self._is_early:
+            self.begin()
+        return self
+
+    def begin(self) -> None:
+        """Make the imports and start the server, if that has not happened yet."""
+        if self._pid:
+            return
+        if self._is_early and threading.active_count() == 1 and "ray" not in sys.modules:
+            imports.ahead()
+            self._pid = os.fork() or self._be_forked()
+        else:
+            numbers = [str(each) for each in (self._listening, self._alive, self._threads)]
+            self._pid = subprocess.Popen(
+                [sys.executable, "-m", __name__, *numbers, *self._modules],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
+                pass_fds=[self._listening, self._alive],
+                start_new_session=True,  # Ctrl-C is for the driver
+            ).pid
+
+    def _be_forked(self) -> NoReturn:
+        """As `begin` has Python start the server. What this process was to do at its end is not for those forked."""
+        atexit._clear()
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(2 if quiet.is_verbose() else 3):
+            os.dup2(nothing, number)
+        for number in {int(file.name) for file in Path("/proc/self/fd").iterdir()}:
+            if number > 2 and number not in (self._listening, self._alive):
+                with contextlib.suppress(OSError):  # that of /proc itself
+                    os.close(number)  # a pipe may wait at its other end for the driver to close it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code: Any = 1
+        try:
+            _run(self._listening, self._alive, self._threads, self._modules)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            atexit._run_exitfuncs()
+            os._exit(code)
+
+    def __exit__(self, *error: object) -> None:
+        for number in (self._listening, self._alive, self._ours):
+            os.close(number)
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
 @contextlib.contextmanager
-def running(threads: int, *modules: str) -> Iterator[str | None]:
-    """A fork server for as long as the block, whose processes compute with `threads` unless OMP_NUM_THREADS says more.
+def running(threads: int, *modules: str) -> Iterator[Server | None]:
+    """A fork server for as long as the block, see there. `Server.python` is what Ray is to start as Python.
 
-    `modules` are imported too, once Ray has asked for the first process: those that import Ray.
-
-    Gives what Ray is to start as Python; None where that could not be: on other systems than Linux, with GPUs, and
-    where folders for temporary files have long names or may hold no programs.
+    None where that could not be: on other systems than Linux, with GPUs, and where folders for temporary files have
+    long names or may hold no programs.
     """
     with tempfile.TemporaryDirectory(prefix="manta-fork-", ignore_cleanup_errors=True) as name:  # closed to others
-        server, python = Path(name, "socket"), Path(name, "python")
-        possible = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
-        fits = max(len(sys.executable), len(str(server))) <= _LONGEST and " " not in sys.executable
-        if not (possible and fits and os.access(fork_client.write(python, server), os.X_OK)):
+        server = Server(Path(name), threads, modules)
+        if not server.is_possible():
             yield None
             return
-        with _started(server, threads, modules):
-            yield str(python)
-
-
-@contextlib.contextmanager
-def _started(path: Path, threads: int, modules: Collection[str]) -> Iterator[None]:
-    """The server in the block, at a socket that is there at once."""
-    alive, ours = os.pipe()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(path))
-        listener.listen(64)
-        server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listener.fileno()), str(alive), *modules],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
-            pass_fds=[listener.fileno(), alive],
-            start_new_session=True,  # Ctrl-C is for the driver
-        )
-    os.close(alive)
-    try:
-        yield
-    finally:
-        os.close(ours)
-        server.kill()
-        server.wait()
+        with server:
+            yield server
 
 
 @dataclass(frozen=True)
@@ -103,13 +160,19 @@ class Asked:
     environment: dict[str, str]
     files: list[int]
 
+    @property
+    def has_job(self) -> bool:
+        """False of processes that Ray has ready for whatever comes."""
+        return self.environment.get("RAY_JOB_ID", _NO_JOB) != _NO_JOB
 
-def serve(listening: int, alive: int, modules: Collection[str]) -> Asked | None:
+
+def serve(listening: int, alive: int, threads: int, modules: Collection[str]) -> Asked | None:
     """Fork whenever asked, until the other end of the pipe `alive` is gone; returns in each forked process, with what
     it is to be, and at last in the server, with None."""
     ours, first = dict(os.environ), None
     with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as events:
         imports.ahead()
+        importlib.import_module("torch").set_num_threads(threads)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing
         events.register(listener, selectors.EVENT_READ)
         events.register(alive, selectors.EVENT_READ)
@@ -118,7 +181,7 @@ def serve(listening: int, alive: int, modules: Collection[str]) -> Asked | None:
             with connection, contextlib.suppress(OSError):  # of a client that has gone
                 connection.settimeout(_PATIENCE_S)
                 asked = _receive(connection)
-                if first is None and _alike(ours, asked.environment, _RAY):
+                if first is None and _alike(ours, asked.environment, _RAY) and asked.has_job:
                     first = asked.environment
                     _import_with_ray(modules, first)
                 process = os.fork() if first and _alike(first, asked.environment) else None
@@ -202,6 +265,10 @@ def become(asked: Asked) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-if __name__ == "__main__":
-    if forked := serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]):
+def _run(listening: int, alive: int, threads: int, modules: Collection[str]) -> None:
+    if forked := serve(listening, alive, threads, modules):
         become(forked)
+
+
+if __name__ == "__main__":
+    _run(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -65,7 +65,9 @@ def _train(
         with phases("check"):
             refuse_if_held(run.path)
             cluster.check_device_before_start(config)
-            python = stack.enter_context(cluster.forking(config, "manta.worker", "manta.controller"))
+            ahead = stack.enter_context(cluster.begun(config, "manta.worker", "manta.controller"))
+            if ahead:
+                ahead.make_imports()
             with imports.quickly():
                 from manta import architecture, extras, loss
 
@@ -84,7 +86,7 @@ def _train(
         if job is not None:
             stack.callback(prepare.forget_sources, prepared)
         with phases("ray"), imports.beside("ray.train.torch"):
-            stack.enter_context(cluster.connected(config, python))
+            stack.enter_context(cluster.connected(config, ahead))
         config = _place(config)
         nodes.check_storage([run.path.parent, prepared.path.parent])
         if job is not None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from manta.cluster import SYSTEM
 from manta.config import Config
 from manta.errors import UserError
+from manta.head import SYSTEM
 from manta.launch import job
 from manta.launch.config import KubernetesConfig, LaunchConfig
 from manta.launch.job_entry import EXPORT, RECIPE

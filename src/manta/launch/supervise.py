@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from manta.cluster import SYSTEM, TIMEOUTS
+from manta.cluster import TIMEOUTS
 from manta.errors import UserError
+from manta.head import SYSTEM
 from manta.launch import rendezvous
 from manta.launch.rendezvous import PORT, Hosts
 

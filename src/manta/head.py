@@ -1,0 +1,117 @@
+"""A Ray cluster of our own: how it starts, and a process that starts it while the driver checks what it was given.
+
+A cluster takes four seconds to be there, most of which pass in waiting. The process is a driver to Ray, one without
+work; it ends the cluster when its standard input does, so also when whoever started it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from manta import quiet
+
+# How soon the cluster itself takes a silent node for lost: 5 checks in a row that fail at once (a dead process) or
+# after the timeout (a cut cable). By default 3 s apart and 10 s long.
+_NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
+# Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
+_IDLE = {"num_workers_soft_limit": 64}
+SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
+# Processes that Ray starts before anybody asks belong to no job, and could not be forked as the others are.
+_FORKED = {"prestart_worker_first_driver": False}
+
+
+def start(python: str | None, **options: Any) -> None:
+    """Start a cluster on this machine, and connect to it. Raises what `ray.init` does.
+
+    `python` is what it has as Python for its processes, where that is not this one. Ray takes `sys.executable`, and
+    asks for no other; its option `py_executable` comes too late: before it, each process imports Ray once in vain.
+    """
+    import ray
+
+    before = sys.executable
+    try:
+        sys.executable = python or before
+        ray.init(
+            "local",  # None would also take a cluster that somebody else left here
+            include_dashboard=False,
+            _system_config=SYSTEM | (_FORKED if python else {}),
+            log_to_driver=quiet.is_verbose(),
+            logging_level=level(),
+            **options,
+        )
+    finally:
+        sys.executable = before
+
+
+def join(address: str, runtime_env: dict[str, Any] | None = None) -> None:
+    """Connect to a cluster that is there. Raises what `ray.init` does."""
+    import ray
+
+    ray.init(address, runtime_env=runtime_env, log_to_driver=quiet.is_verbose(), logging_level=level())
+
+
+def level() -> int:
+    """What Ray's own loggers say."""
+    return logging.INFO if quiet.is_verbose() else logging.ERROR
+
+
+class Head:
+    """A process that starts a cluster, or has started it."""
+
+    def __init__(self, python: str | None):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(python)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the driver
+            text=True,
+        )
+        self._is_wanted = False
+
+    def address(self) -> str | None:
+        """host:port of the cluster, once it is there. None if it did not start: `start` says why."""
+        assert self._process.stdout
+        self._is_wanted = True
+        return self._process.stdout.readline().strip() or None
+
+    def end(self) -> None:
+        """Of the cluster too. One that was for nothing is not waited for: Linux ends what it has started with it."""
+        if not self._is_wanted and sys.platform == "linux":
+            self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def running(python: str | None) -> Iterator[Head]:
+    """A cluster that is begun now, and there until the end of the block; `python` as in `start`.
+
+    Its connections need the token that Ray gives a cluster of this machine by default, which must be known before Ray
+    is imported: https://docs.ray.io/en/latest/ray-security/token-auth.html
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    head = Head(python)
+    try:
+        yield head
+    finally:
+        head.end()
+
+
+def _main() -> None:
+    import ray
+
+    start(json.loads(sys.argv[1]))
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    _main()
