@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from manta import quiet
@@ -83,10 +87,20 @@ class Head:
         return self._process.stdout.readline().strip() or None
 
     def end(self) -> None:
-        """Of the cluster too. One that was for nothing is not waited for: Linux ends what it has started with it."""
-        if not self._is_wanted and sys.platform == "linux":
-            self._process.kill()
+        """Of the cluster too. One that nobody wanted is not waited for, and leaves nothing."""
+        if self._is_wanted:
+            self._process.communicate()
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started is in its group
         self._process.communicate()
+        folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
+        for session in folder.glob(f"session_*_{self._process.pid}"):
+            shutil.rmtree(session, ignore_errors=True)
+        if (latest := folder / "session_latest").is_symlink() and not latest.exists():
+            latest.unlink()
+        with suppress(OSError):  # it holds more, or was never made
+            folder.rmdir()
 
 
 @contextmanager
