@@ -48,8 +48,6 @@ _MAY_DIFFER = (
     "TOKENIZERS_PARALLELISM",
     "TORCHINDUCTOR_CACHE_DIR",
 )
-
-
 _NO_JOB = "ffffffff"
 _RAY = ("RAY_", "__RAY_")  # of which a process has more than the server, which Ray has not started
 
@@ -65,7 +63,9 @@ class Server:
     def __init__(self, folder: Path, threads: int, modules: Collection[str]):
         self.python, self._socket = folder / "python", folder / "socket"
         self._threads, self._modules = threads, modules
-        self._pid = self._listening = self._alive = self._ours = 0
+        self._forked = 0  # a process of one kind or the other
+        self._started: subprocess.Popen[bytes] | None = None
+        self._listening = self._alive = self._ours = 0
 
     def is_possible(self) -> bool:
         fits = max(len(sys.executable), len(str(self._socket))) <= _LONGEST and " " not in sys.executable
@@ -86,21 +86,21 @@ class Server:
 
     def begin(self) -> None:
         """Make the imports and start the server, if that has not happened yet."""
-        if self._pid:
+        if self._forked or self._started:
             return
         if self._is_early and threading.active_count() == 1 and "ray" not in sys.modules:
             imports.ahead()
-            self._pid = os.fork() or self._be_forked()
+            self._forked = os.fork() or self._be_forked()
         else:
             numbers = [str(each) for each in (self._listening, self._alive, self._threads)]
-            self._pid = subprocess.Popen(
+            self._started = subprocess.Popen(
                 [sys.executable, "-m", __name__, *numbers, *self._modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
                 pass_fds=[self._listening, self._alive],
                 start_new_session=True,  # Ctrl-C is for the driver
-            ).pid
+            )
 
     def _be_forked(self) -> NoReturn:
         """As `begin` has Python start the server. What this process was to do at its end is not for those forked."""
@@ -130,9 +130,12 @@ class Server:
     def __exit__(self, *error: object) -> None:
         for number in (self._listening, self._alive, self._ours):
             os.close(number)
-        if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+        if self._forked:
+            os.kill(self._forked, signal.SIGKILL)
+            os.waitpid(self._forked, 0)
+        elif self._started:
+            self._started.kill()
+            self._started.wait()
 
 
 @contextlib.contextmanager
