@@ -90,6 +90,7 @@ class Server:
             return
         if self._is_early and threading.active_count() == 1 and "ray" not in sys.modules:
             imports.ahead()
+            _flush()
             self._forked = os.fork() or self._be_forked()
         else:
             numbers = [str(each) for each in (self._listening, self._alive, self._threads)]
@@ -125,6 +126,7 @@ class Server:
             traceback.print_exc()
         finally:
             atexit._run_exitfuncs()
+            _flush()
             os._exit(code)
 
     def __exit__(self, *error: object) -> None:
@@ -266,6 +268,13 @@ def become(asked: Asked) -> None:
     sys.argv = asked.arguments
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _flush() -> None:
+    """Write what was printed, which is otherwise written at the end of a process, and by each that was forked."""
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+            file.flush()
 
 
 def _run(listening: int, alive: int, threads: int, modules: Collection[str]) -> None:

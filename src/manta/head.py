@@ -27,6 +27,7 @@ _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000,
 # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
 _IDLE = {"num_workers_soft_limit": 64}
 SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
+_PATIENCE_S = 30.0  # with a cluster that is to end
 # Processes that Ray starts before anybody asks belong to no job, and could not be forked as the others are.
 _FORKED = {"prestart_worker_first_driver": False}
 
@@ -39,17 +40,12 @@ def start(python: str | None, **options: Any) -> None:
     """
     import ray
 
+    options = {"log_to_driver": quiet.is_verbose(), "logging_level": level(), "include_dashboard": False, **options}
+    system = SYSTEM | (_FORKED if python else {})
     before = sys.executable
     try:
         sys.executable = python or before
-        ray.init(
-            "local",  # None would also take a cluster that somebody else left here
-            include_dashboard=False,
-            _system_config=SYSTEM | (_FORKED if python else {}),
-            log_to_driver=quiet.is_verbose(),
-            logging_level=level(),
-            **options,
-        )
+        ray.init("local", _system_config=system, **options)  # None would also take a cluster that was left here
     finally:
         sys.executable = before
 
@@ -89,11 +85,14 @@ class Head:
     def end(self) -> None:
         """Of the cluster too. One that nobody wanted is not waited for, and leaves nothing."""
         if self._is_wanted:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=_PATIENCE_S)
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # what it has started is in its group
             self._process.communicate()
+        if self._is_wanted:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started is in its group
-        self._process.communicate()
         folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
         for session in folder.glob(f"session_*_{self._process.pid}"):
             shutil.rmtree(session, ignore_errors=True)
@@ -121,7 +120,7 @@ def running(python: str | None) -> Iterator[Head]:
 def _main() -> None:
     import ray
 
-    start(json.loads(sys.argv[1]))
+    start(json.loads(sys.argv[1]), log_to_driver=False)
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
     ray.shutdown()
