@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from manta import cluster as ours
-from manta import ledger
+from manta import head, ledger
 from manta.config import Config
 from manta.runs import Run
 from running import lines, logged, max_gap, order_of, small_config
@@ -35,7 +34,7 @@ def nodes() -> Iterator[Cluster]:
     """A head node without room for workers, and one worker node."""
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "_system_config": ours._NODE_CHECKS, "include_dashboard": False},
+        head_node_args={"num_cpus": 0, "_system_config": head.SYSTEM, "include_dashboard": False},
     )
     cluster.add_node(num_cpus=1)
     yield cluster
