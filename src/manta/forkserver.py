@@ -40,6 +40,7 @@ _PATIENCE_S = 5.0
 # Variables in which processes may differ: what is read when it is used, not in an import.
 _MAY_DIFFER = (
     "RAY_RAYLET_PID",
+    "RAY_TRAIN_",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR",
     "CUDA_VISIBLE_DEVICES",
@@ -96,6 +97,7 @@ class Server:
             numbers = [str(each) for each in (self._listening, self._alive, self._threads)]
             self._started = subprocess.Popen(
                 [sys.executable, "-m", __name__, *numbers, *self._modules],
+                env=dict(os.environ),  # without what libraries have put beside it, as readline does, and Ray leaves out
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if quiet.is_verbose() else subprocess.DEVNULL,

@@ -68,6 +68,7 @@ class Head:
     def __init__(self, python: str | None):
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(python)],
+            env=dict(os.environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
