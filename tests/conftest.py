@@ -26,6 +26,8 @@ def ray_cluster() -> Iterator[None]:
     before = os.environ.get("HF_TOKEN")
     os.environ["HF_TOKEN"] = CANARY
     with forkserver.running(threads=1) as server:
+        if server:
+            server.begin()
         try:
             head.start(str(server.python) if server else None, num_cpus=2)
             yield
