@@ -117,8 +117,8 @@ def connected(config: Config, ahead: Begun | None = None) -> Iterator[None]:
             f"Python {ours[1]}: they must be the same. Here: pip install 'ray=={theirs[0]}' under that Python, or "
             "start the cluster with ours."
         ) from error
-    except Exception as error:  # Ray's own has no type
-        if "timed out during startup" not in str(error):
+    except Exception as error:
+        if head.TIMED_OUT not in str(error):
             raise
         raise UserError(
             f"Ray did not start within its 30 s: this machine is busy (load {os.getloadavg()[0]:.0f} on "

@@ -27,6 +27,7 @@ _NODE_CHECKS = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000,
 # Idle processes that a node keeps, spares among them; Ray's default is its number of CPUs.
 _IDLE = {"num_workers_soft_limit": 64}
 SYSTEM = _NODE_CHECKS | _IDLE  # of a cluster that we start
+TIMED_OUT = "timed out during startup"  # of the message of Ray's exception, which has no type of its own
 _PATIENCE_S = 30.0  # with a cluster that is to end
 # Processes that Ray starts before anybody asks belong to no job, and could not be forked as the others are.
 _FORKED = {"prestart_worker_first_driver": False}
@@ -78,10 +79,16 @@ class Head:
         self._is_wanted = False
 
     def address(self) -> str | None:
-        """host:port of the cluster, once it is there. None if it did not start: `start` says why."""
+        """host:port of the cluster, once it is there. None if it did not start: `start` says why.
+
+        Raises what Ray does if it has waited in vain, which is not done twice.
+        """
         assert self._process.stdout
         self._is_wanted = True
-        return self._process.stdout.readline().strip() or None
+        said = self._process.stdout.readline().strip()
+        if TIMED_OUT in said:
+            raise Exception(said)
+        return said or None
 
     def end(self) -> None:
         """Of the cluster too. One that nobody wanted is not waited for, and leaves nothing."""
@@ -121,7 +128,12 @@ def running(python: str | None) -> Iterator[Head]:
 def _main() -> None:
     import ray
 
-    start(json.loads(sys.argv[1]), log_to_driver=False)
+    try:
+        start(json.loads(sys.argv[1]), log_to_driver=False)
+    except Exception as error:
+        if TIMED_OUT in str(error):
+            print(repr(str(error)), flush=True)
+        raise
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
     ray.shutdown()
