@@ -10,13 +10,12 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from manta import forkserver, head, quiet
 from manta.config import Config
 from manta.errors import UserError
-from manta.forkserver import Server
 from manta.head import Head
 
 # What Ray Train waits for, in seconds, set where the user has not; docs/faults.md says what follows from each.
@@ -46,37 +45,31 @@ _FORWARDED = (
 
 @dataclass(frozen=True)
 class Begun:
-    """A cluster of our own that is on its way, and the server from which its processes are forked; as far as we can."""
+    """A cluster of our own that is on its way, and what it has as Python for its processes, where that is not ours."""
 
-    server: Server | None
+    python: str | None
     head: Head | None
-
-    @property
-    def python(self) -> str | None:
-        """What the cluster has as Python for its processes, where that is not ours."""
-        return str(self.server.python) if self.server else None
-
-    def make_imports(self) -> None:
-        """Those of workers, which the driver shares with them if that is possible. Once is enough."""
-        if self.server:
-            self.server.begin()
 
 
 @contextmanager
 def begun(config: Config, *modules: str) -> Iterator[Begun | None]:
     """For as long as the block: what `connected` would start first, for `config` to be checked meanwhile.
 
-    None where there is a cluster to join. `modules` are what its processes run, and import.
+    None where there is a cluster to join. `modules` are what its processes run, and import. Where this process can share
+    the libraries of workers with them, it imports those first.
     """
     _set_variables()
     if _address(config) or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         yield None
         return
     with ExitStack() as stack:
-        ahead = Begun(stack.enter_context(forkserver.running(threads(config), *modules)), None)
-        if "ray" not in sys.modules:  # one that is imported already would not hear of the token that a cluster is given
-            ahead = replace(ahead, head=stack.enter_context(head.running(ahead.python)))
-        yield ahead
+        server = stack.enter_context(forkserver.running(threads(config), *modules))
+        python = str(server.python) if server else None
+        # A Ray that is imported already would not hear of the token that a cluster is given.
+        cluster = None if "ray" in sys.modules else stack.enter_context(head.running(python))
+        if server:
+            server.begin()
+        yield Begun(python, cluster)
 
 
 @contextmanager
@@ -86,8 +79,6 @@ def connected(config: Config, ahead: Begun | None = None) -> Iterator[None]:
     A connection that was there before is left as it was.
     """
     _set_variables()
-    if ahead:
-        ahead.make_imports()
     import ray
 
     if ray.is_initialized():

@@ -59,8 +59,10 @@ def beside(name: str) -> Iterator[None]:
 
     thread = threading.Thread(target=load, name=f"import {name}", daemon=True)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def leave_quickly() -> None:

@@ -66,8 +66,6 @@ def _train(
             refuse_if_held(run.path)
             cluster.check_device_before_start(config)
             ahead = stack.enter_context(cluster.begun(config, "manta.worker", "manta.controller"))
-            if ahead:
-                ahead.make_imports()
             with imports.quickly():
                 from manta import architecture, extras, loss
 
