@@ -55,8 +55,8 @@ class Begun:
 def begun(config: Config, *modules: str) -> Iterator[Begun | None]:
     """For as long as the block: what `connected` would start first, for `config` to be checked meanwhile.
 
-    None where there is a cluster to join. `modules` are what its processes run, and import. Where this process can share
-    the libraries of workers with them, it imports those first.
+    None where there is a cluster to join. `modules` are what its processes run, and import. Where this process can
+    share the libraries of workers with them, it imports those first.
     """
     _set_variables()
     if _address(config) or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
