@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from manta import attention, loss, model
+from manta import attention, lora, loss, model
 from manta.data.batches import collate
 
 RECORD = Path(__file__).with_name("micro.json")
@@ -69,6 +69,21 @@ def of_attention_in_bfloat16() -> Arms:
         found.sum().backward()
 
     return by_torch, by_manta
+
+
+def of_dropout() -> Arms:
+    """Forward and backward of an adapter over 1,024 tokens, on a layer too narrow to matter: PEFT's dropout, Manta's."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 1024, 1536, requires_grad=True)
+    adapter = LoraConfig(r=16, lora_dropout=0.1, target_modules=["0"])
+    by_peft, by_manta = (
+        inject_adapter_in_model(adapter, torch.nn.Sequential(torch.nn.Linear(1536, 16)).requires_grad_(False))
+        for _ in range(2)
+    )
+    lora.lean(by_manta, torch.float32)
+    return lambda: by_peft(x).sum().backward(), lambda: by_manta(x).sum().backward()
 
 
 def of_logits() -> Arms:
@@ -167,6 +182,7 @@ BENCHES: dict[str, Callable[[], Arms]] = {
     "labels": of_labels,
     "merge": of_merge,
     "attention": of_attention,
+    "dropout": of_dropout,
     "logits": of_logits,
     "padding": of_padding,
 }

@@ -40,7 +40,7 @@ def lora(job: dict[str, Any], config: Any) -> Any:
         task_type="CAUSAL_LM",
         r=job["rank"],
         lora_alpha=job["rank"],
-        lora_dropout=0.0,
+        lora_dropout=job["dropout"],
         target_modules=job["targets"],
         bias="none",
     )

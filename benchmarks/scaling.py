@@ -38,7 +38,7 @@ def run_library(folder: Path, library: str, options: argparse.Namespace, number:
     job = {
         "model": str(folder / "model"), "tokens": str(folder / "alpaca-tokens.jsonl"), "steps": options.steps,
         "report": str(folder / f"{library}-{number}.json"), "batch": BATCH // 2, "rank": RANK, "targets": TARGETS,
-        "seed": SEED, "learning_rate": RATE, "dtype": options.dtype, "full_ft": False,
+        "seed": SEED, "learning_rate": RATE, "dtype": options.dtype, "full_ft": False, "dropout": 0.0,
     }  # fmt: skip
     path = folder / "job.json"
     path.write_text(json.dumps(job))
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="a model of two layers, each arm once, nothing written")
     options = parser.parse_args()
-    options.full_ft = False
+    options.full_ft, options.dropout = False, 0.0
     if not DATA.exists():
         raise SystemExit(f"the data to train on is not at {DATA}")
     libraries = LIBRARIES if PEERS.exists() else {}

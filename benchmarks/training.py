@@ -1,12 +1,14 @@
 """Fine-tuning side by side: Manta, TRL, and the guide's code, on the same tokens with the same model.
 
-    python benchmarks/training.py [--data gsm8k alpaca] [--arms …] [--steps 10] [--dtype bfloat16] [--full_ft] [--quick]
+    python benchmarks/training.py [--data gsm8k alpaca] [--arms …] [--steps 10] [--dtype bfloat16] [--dropout 0]
+                                 [--full_ft] [--quick]
 
 A Llama of 135 million random weights, LoRA of rank 16 on every projection, batches of 8 samples, two cores. The arms
 run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, with Ray and all. Tokens
 per second are tokens that are no padding, by the time between the ends of steps, the first two left out; the median of
 the runs. The compiled arm goes over the same samples until its layers have been compiled and judged, and is timed from
-there on. Memory is the peak of the process that trains. Results go to benchmarks/results/<date>-training-*.
+there on. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's default; then each
+arm drops other elements, so that losses are near and not equal. Results go to benchmarks/results/<date>-training-*.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def config_of(folder: Path, name: str, options: argparse.Namespace, run: str, **
             "weight_decay": 0,
             "lora_rank": RANK,
             "lora_alpha": RANK,
-            "lora_dropout": 0,
+            "lora_dropout": options.dropout,
             "full_ft": options.full_ft,
             "dtype": options.dtype,
             "seed": SEED,
@@ -223,6 +225,7 @@ def run_peer(
         "length": LENGTH,
         "rank": RANK,
         "targets": TARGETS,
+        "dropout": options.dropout,
         "seed": SEED,
         "learning_rate": RATE,
         "dtype": options.dtype,
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1, help="times there and back")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dropout", type=float, default=0.0, help="before the adapters, in every arm")
     parser.add_argument("--full_ft", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a model of two layers, nothing written")
     options = parser.parse_args()
@@ -272,7 +276,8 @@ def main() -> None:
                 runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
                 print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
-    kind = "-".join(["full" if options.full_ft else "lora", options.dtype, *options.data])
+    dropout = [f"dropout-{options.dropout}"] * bool(options.dropout)
+    kind = "-".join(["full" if options.full_ft else "lora", options.dtype, *dropout, *options.data])
     publish(f"training-{kind}", report, told(report, options), to_files=not options.quick)
 
 
@@ -280,7 +285,8 @@ def told(report: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
         f"# Training side by side, {report['date']}",
         "",
-        f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, {where(report)}. `python benchmarks/"
+        f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, dropout {options.dropout}, "
+        f"{where(report)}. `python benchmarks/"
         f"training.py {shlex.join(sys.argv[1:])}`. Loss gap: the largest "
         "difference of a step's loss from Manta's on the same samples; packed arms have other samples in a step.",
     ]

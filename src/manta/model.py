@@ -10,11 +10,11 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manta import architecture, attention, diagnosis
+from manta import architecture, attention, diagnosis, lora
 from manta.config import Config
 from manta.data.batches import Layout
 from manta.errors import UserError
@@ -115,7 +115,7 @@ def adapted(base: Any, config: Config, placement: Placement, weights: Path | Non
     from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
     if weights:
-        return _lean(PeftModel.from_pretrained(base, str(weights), is_trainable=True), placement)
+        return lora.lean(PeftModel.from_pretrained(base, str(weights), is_trainable=True), placement.dtype)
     targets = [name.strip() for name in config.lora_target_modules.split(",")]
     torch.manual_seed(config.seed)  # adapters are made alike on every worker, whatever their number
     adapters = LoraConfig(
@@ -126,7 +126,7 @@ def adapted(base: Any, config: Config, placement: Placement, weights: Path | Non
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         bias="none",
     )
-    return _lean(get_peft_model(base, adapters), placement)
+    return lora.lean(get_peft_model(base, adapters), placement.dtype)
 
 
 def autocast(placement: Placement) -> Any:
@@ -218,31 +218,6 @@ def _seen_through(model: Any, config: Config, placement: Placement, layout: Layo
 def base_of(model: Any) -> Any:
     """The library's own model, without what adapters put around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _lean(model: Any, placement: Placement) -> Any:
-    """Adapters without needless work: casts are left to autocast, which would undo PEFT's own of each input to float32
-    at once, and what is scaled is narrow."""
-    from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and placement.dtype != torch.float32:
-            cast(Any, module).cast_input_dtype_enabled = False
-        if type(module) is Linear:
-            for adapter in module.lora_A:
-                module.lora_variant.setdefault(adapter, cast(Any, _ScaledInside))
-    return model
-
-
-class _ScaledInside:
-    """LoRA with its scale between A and B, where a row has `rank` elements; PEFT has it behind B, over all of a layer's
-    output, forward and backward. What PEFT calls a LoraVariant (peft/tuners/lora/layer.py)."""
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
-        inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        return result + module.lora_B[active_adapter](inner * module.scaling[active_adapter])
 
 
 def is_adapter(name: str) -> bool:

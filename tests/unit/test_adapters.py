@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from manta import model
+from manta import activations, lora, model
 from manta.config import Config
 from manta.model import Placement
 from tiny import SIZES
@@ -32,20 +33,36 @@ def step(network: Any) -> tuple[float, dict[str, torch.Tensor]]:
     return float(loss.detach()), {name: each.grad for name, each in network.named_parameters() if each.requires_grad}
 
 
+class AsManta(torch.nn.Module):
+    """In place of PEFT's dropout: Manta's own elements, drawn in the same order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped = round(LORA["lora_dropout"] * 65536)
+        kept = lora.keep(torch.randint(2**62, ()), x.shape, dropped)
+        return x * kept * (65536 / (65536 - dropped))
+
+
+def adapted(base: Any, **more: Any) -> Any:
+    config = Config(
+        hf_model_id="a-model", device="cpu", lora_rank=4, lora_alpha=6, lora_target_modules="all-linear", seed=3, **more
+    )
+    return model.adapted(base, config, Placement(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dropout", [0.0, LORA["lora_dropout"]])
 @pytest.mark.parametrize("name", BASES)
-def test_the_same_loss_and_gradients_as_pefts(name):
+def test_the_same_loss_and_gradients_as_pefts(name, dropout):
     torch.manual_seed(0)
     base = BASES[name]()
     weights = {key: each.clone() for key, each in base.state_dict().items()}
-    config = Config(
-        hf_model_id="a-model", device="cpu", lora_rank=4, lora_alpha=6, lora_dropout=0.2,
-        lora_target_modules="all-linear", seed=3,
-    )  # fmt: skip
-    ours = model.adapted(base, config, Placement(torch.device("cpu")))
+    ours = adapted(base, lora_dropout=dropout)
     other = BASES[name]()
     other.load_state_dict(weights)
     torch.manual_seed(3)
     theirs = get_peft_model(other, LoraConfig(**LORA))
+    for module in theirs.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = AsManta() if dropout else torch.nn.Identity()
     loss, found = step(ours)
     wanted_loss, wanted = step(theirs)
     assert loss == pytest.approx(wanted_loss, rel=1e-6) and found.keys() == wanted.keys()
@@ -54,25 +71,66 @@ def test_the_same_loss_and_gradients_as_pefts(name):
         assert torch.allclose(found[key], each, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_drops_the_same(what):
+    torch.manual_seed(0)
+    network = adapted(BASES["llama"](), lora_dropout=0.2)
+    _, once = step(network)
+    once = {name: each.clone() for name, each in once.items()}
+    network.zero_grad()
+    activations.recompute(network, what)
+    _, again = step(network)
+    assert all(torch.allclose(again[name], each, rtol=1e-5, atol=1e-7) for name, each in once.items())
+
+
+def test_nothing_is_dropped_in_evaluation():
+    torch.manual_seed(0)
+    network = adapted(BASES["llama"](), lora_dropout=0.5)
+    step(network)  # which leaves no B at zero
+    ids = torch.arange(40)[None]
+    dropping, *evaluating = (network.train(mode)(input_ids=ids).logits for mode in (True, False, False))
+    assert torch.equal(*evaluating) and not torch.allclose(dropping, evaluating[0])
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5])
+def test_elements_are_dropped_as_often_as_asked_and_by_themselves(probability):
+    """Within five standard deviations, of all, of neighbours and of rows; other draws drop others."""
+    rows, columns, dropped = 1000, 501, round(probability * 65536)  # no multiple of what one draw makes
+    kept = lora.keep(torch.tensor(1), (rows, columns), dropped)
+    again, others = (lora.keep(torch.tensor(seed), (rows, columns), dropped) for seed in (1, 2))
+    assert set(kept.unique().tolist()) == {0, 1} and torch.equal(kept, again) and not torch.equal(kept, others)
+    gone = 1 - kept.double()
+    pairs = {"neighbours": gone[:, 1:] * gone[:, :-1], "rows": gone[1:] * gone[:-1], "others": gone * (1.0 - others)}
+    for name, found, wanted in [("all", gone, probability), *((k, v, probability**2) for k, v in pairs.items())]:
+        deviation = (wanted * (1 - wanted) / found.numel()) ** 0.5
+        assert abs(float(found.mean()) - wanted) < 5 * deviation + 1e-5, name
+
+
+def test_an_adapter_with_a_bias_is_left_to_peft():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4))
+    network = lora.lean(get_peft_model(base, LoraConfig(**LORA, lora_bias=True)), torch.float32)
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    assert layers and not any(layer.lora_variant for layer in layers)
+
+
 def test_what_is_scaled_is_narrow():
-    """No product of a layer's whole output with the scale, as PEFT has it: found by the shapes that are multiplied."""
+    """No product with the scale of what has a row for each token, as PEFT has it."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Multiplied(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
-            self.by_number: list[int] = []
+            self.by_number: list[tuple[int, ...]] = []
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if str(function).startswith("aten.mul.") and not isinstance(args[1], torch.Tensor):
-                self.by_number.append(args[0].shape[-1])
+                self.by_number.append(tuple(args[0].shape))
             return function(*args, **(kwargs or {}))
 
-    config = Config(
-        hf_model_id="a-model", device="cpu", lora_rank=4, lora_dropout=0.0, lora_target_modules="all-linear"
-    )
-    network = model.adapted(BASES["llama"](), config, Placement(torch.device("cpu")))
+    network = adapted(BASES["llama"](), lora_dropout=0.2)
     with Multiplied() as multiplied:
         step(network)
-    assert multiplied.by_number.count(4) == 2 * sum("lora_A" in name for name, _ in network.named_parameters())
-    assert SIZES["intermediate_size"] not in multiplied.by_number
+    of_a = [shape for shape in multiplied.by_number if shape[0] == 4]
+    assert len(of_a) == 2 * sum("lora_A" in name for name, _ in network.named_parameters())
+    assert (1, 40, SIZES["intermediate_size"]) not in multiplied.by_number
