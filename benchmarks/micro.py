@@ -72,7 +72,7 @@ def of_attention_in_bfloat16() -> Arms:
 
 
 def of_dropout() -> Arms:
-    """Forward and backward of an adapter over 1,024 tokens, on a layer too narrow to matter: PEFT's dropout, Manta's."""
+    """An adapter on 1,024 tokens, there and back, on a layer too narrow to matter: PEFT's dropout against Manta's."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(0)
