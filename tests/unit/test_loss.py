@@ -173,4 +173,4 @@ def test_the_estimate_of_memory_knows(tmp_path):
     whole = memory.estimate(plain.model_copy(update={"fused_loss": "off"}), placement, shape, "none")
     fused = memory.estimate(plain, placement, shape, "none")
     assert whole and fused and fused.logits == 0 < whole.logits
-    assert fused.total < whole.total
+    assert fused.total - fused.held < whole.total - whole.held  # what the heap holds is not the same twice
