@@ -276,8 +276,8 @@ def main() -> None:
                 runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
                 print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
-    dropout = [f"dropout-{options.dropout}"] * bool(options.dropout)
-    kind = "-".join(["full" if options.full_ft else "lora", options.dtype, *dropout, *options.data])
+    dropout = ["dropout"] * (options.dropout > 0)
+    kind = "-".join(["full" if options.full_ft else "lora", *dropout, options.dtype, *options.data])
     publish(f"training-{kind}", report, told(report, options), to_files=not options.quick)
 
 
