@@ -285,8 +285,7 @@ def told(report: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
         f"# Training side by side, {report['date']}",
         "",
-        f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, dropout {options.dropout}, "
-        f"{where(report)}. `python benchmarks/"
+        f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, {where(report)}. `python benchmarks/"
         f"training.py {shlex.join(sys.argv[1:])}`. Loss gap: the largest "
         "difference of a step's loss from Manta's on the same samples; packed arms have other samples in a step.",
     ]
