@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ports import free_ports
+
 
 def variables(host: str, port: int) -> dict[str, str]:
     """What a client's environment needs to reach the server."""
@@ -27,9 +29,7 @@ def s3_server(*buckets: str) -> Iterator[dict[str, str]]:
     import boto3
     import fsspec
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = {name: os.environ.get(name) for name in variables("", 0)}

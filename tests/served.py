@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manta import manifest
 from manta.config import Config
 from manta.runs import Run, checkpoint_path
+from ports import free_ports
 from tiny import tiny_model
 
 KEY = "sk-canary-that-must-never-be-written"
@@ -82,9 +82,7 @@ class Server:
 @contextmanager
 def serving(*arguments: str, key: str | None = KEY, seconds: float = 150) -> Iterator[Server]:
     """`manta serve` on a free port and a Ray of its own, with the key in its environment; ended at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     temporary = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))
     environment = {**os.environ, "RAY_TMPDIR": str(temporary)}
     environment.pop("RAY_ADDRESS", None)

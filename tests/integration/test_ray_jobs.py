@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -25,7 +25,11 @@ from manta.cli import main
 from manta.launch import kuberay
 from manta.launch.config import LaunchConfig
 from manta.runs import Run
+from ports import free_ports
 from running import CANARY, small_config, wait_for
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,7 @@ class Cluster:
             **{"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"},
             **environment,
         }
+        self.headers = {"Authorization": f"Bearer {token}"}
         self.log = folder.with_suffix(".log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=folder.parent)
@@ -55,6 +60,13 @@ class Cluster:
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> JobSubmissionClient:
+        """With this cluster's token; Ray reads its variables once a process, and other tests share this one."""
+        from ray.job_submission import JobSubmissionClient
+
+        assert self.process.poll() is None, self.log.read_text()
+        return JobSubmissionClient(self.address, headers=self.headers)
 
     def end(self) -> None:
         """At once, as an operator deletes a cluster whose time is over."""
@@ -67,23 +79,10 @@ class Cluster:
         self.process.wait(20)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
+def start() -> Iterator[Callable[..., Cluster]]:
     """Starts a cluster whose hosts have the given variables; it ends with the test, if not before."""
-    from ray._raylet import AuthenticationTokenLoader
-
     token = secrets.token_hex(32)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    AuthenticationTokenLoader.instance().reset_cache()  # of the cluster that other tests share
     started: list[Cluster] = []
 
     def one(name: str, **environment: str) -> Cluster:
@@ -98,7 +97,6 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
         finally:
             for cluster in started:
                 cluster.end()
-            AuthenticationTokenLoader.instance().reset_cache()
 
 
 def submit(cluster: Cluster, number: str, entrypoint: str) -> str:
@@ -109,20 +107,15 @@ def submit(cluster: Cluster, number: str, entrypoint: str) -> str:
 
 
 def answers(cluster: Cluster) -> bool:
-    assert cluster.process.poll() is None, cluster.log.read_text()
-    from ray.job_submission import JobSubmissionClient
-
     try:
-        JobSubmissionClient(cluster.address).list_jobs()
+        cluster.client().list_jobs()
     except (ConnectionError, RuntimeError):
         return False
     return True
 
 
 @pytest.mark.timeout(420)
-def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp_path, monkeypatch, record_property):
-    from ray.job_submission import JobSubmissionClient
-
+def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp_path, record_property):
     config = small_config(
         tmp_path,
         run_name="numbers",
@@ -149,7 +142,7 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
         latest = run.latest()
         return latest is not None and latest.step >= step
 
-    here = JobSubmissionClient(first.address)
+    here = first.client()
     attempt = submit(first, "attempt-1", spec["entrypoint"])
     wait_for(lambda: reached(SAVE) or here.get_job_status(attempt) in ENDED, 120)
     assert here.get_job_status(attempt) == "RUNNING", here.get_job_logs(attempt)
@@ -162,15 +155,15 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
 
     first.end()
     second = start("b", **variables)
-    there = JobSubmissionClient(second.address)
+    there = second.client()
     saved = run.latest()
     assert saved is not None and saved.step < STEPS, "it was over before its cluster was ended"
-    monkeypatch.setenv("HF_TOKEN", CANARY)
     recipe = tmp_path / "recipe.yaml"
     about = {"ray": {"address": second.address}, "secrets": {"HF_TOKEN": "hub"}, "env": {"NCCL_DEBUG": "WARN"}}
     recipe.write_text(config.dump() + yaml.safe_dump({"launch": about}))
-    done = CliRunner().invoke(main, ["launch", "ray", "--config", str(recipe)])
-    assert done.exit_code == 0, done.output
+    command = [BIN / "manta", "launch", "ray", "--config", recipe]
+    done = subprocess.run(command, env=second.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
     number = done.stdout.splitlines()[0]
     wait_for(lambda: there.get_job_status(number) in ENDED, 180)
     logs = there.get_job_logs(number)
@@ -183,7 +176,7 @@ def test_a_repeated_attempt_goes_on_and_an_overlapping_one_is_refused(start, tmp
     record_property("attempts", [each["step"] for each in attempts])
     print("attempts began at steps", [each["step"] for each in attempts])
 
-    assert CANARY not in logs + done.output
+    assert CANARY not in logs + done.stdout + done.stderr
     info = there.get_job_info(number)
     assert info.runtime_env["env_vars"] == {"NCCL_DEBUG": "WARN"} and CANARY not in str(info)
     files = [file for file in run.path.rglob("*") if file.is_file()]

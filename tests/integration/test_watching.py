@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from manta.outcome import ASKED_TO_STOP
 from manta.quiet import DRIVER_LOG
 from manta.runs import Run
+from ports import free_ports
 from running import CANARY, lines, small_config
 
 pytestmark = pytest.mark.slow
@@ -140,9 +140,7 @@ def seen(command: list[str]) -> Seen:
     folder = Path(command[-1]).parent
     run, hook = Run(folder / "results" / "seen"), Hook()
     threading.Thread(target=hook.serve_forever, daemon=True).start()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     flags = ["--metrics_port", str(port), "--notify", hook.url]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     watching = [*MANTA, "runs", "watch", str(run.path), "--wait"]

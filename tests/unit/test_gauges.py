@@ -10,12 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from manta.errors import UserError
 from manta.gauges import served
 from manta.status import Status
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+from ports import free_ports
 
 
 def scrape(port):
@@ -28,7 +23,7 @@ def scrape(port):
 
 
 def test_a_scrape_says_how_far_the_run_is_at_that_moment():
-    port, status = free_port(), Status('a "run"', began=5.0)
+    (port,), status = free_ports(1), Status('a "run"', began=5.0)
     with served(status, "127.0.0.1", port):
         first = scrape(port)
         assert first["manta_train_state", "preparing"] == 1 and first["manta_train_step",] == 0
