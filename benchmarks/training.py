@@ -51,6 +51,7 @@ ARMS = {
     "trl packed": {"packing": True},
     "trl packed, no checkpointing": {"packing": True, "checkpointing": False},
     "guide": {},
+    "guide bfloat16": {"dtype": "bfloat16"},
     "guide float32": {"dtype": "float32"},
 }
 SAME_SAMPLES = ("manta", "manta full-checkpointing", "trl padded")  # in each step, and the same labels
