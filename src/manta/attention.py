@@ -1,8 +1,8 @@
 """Attention per document: a batch is one row of documents that see only themselves, without padding and without a mask.
 
 A dense mask over a packed row costs the square of its length; documents alone cost the sum of their squares. On CUDA in
-half precision this is one kernel (`torch.nn.attention.varlen`); on a CPU in bfloat16 products of matrices, block by
-block (`attend`); elsewhere torch's own attention document by document.
+half precision this is one kernel (`torch.nn.attention.varlen`); on a CPU products of matrices, block by block
+(`attend`), in float32 if no document is long; elsewhere torch's own attention document by document.
 Registered with transformers by name; the library makes no mask for a name that it has no mask function for
 (transformers/masking_utils.py, `_preprocess_mask_arguments`), and hands the boundaries through to each layer.
 """
@@ -18,6 +18,7 @@ from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 
 DOCUMENTS = "documents"
+_LONGEST = 1024  # of float32 by blocks: torch's own attention is faster from somewhere above this on
 _BLOCK = 128  # queries at once: fewer skip more of the causal square, and multiply smaller matrices
 
 
@@ -78,7 +79,8 @@ def documents(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
     unlimited = sliding_window is None or sliding_window >= query.shape[2]
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and unlimited and not dropout:
+    by_blocks = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and int(max_length_q or 0) <= _LONGEST)
+    if query.device.type == "cpu" and by_blocks and unlimited and not dropout:
         return attend(query, key, value, cu_seq_lens_q, scaling or query.shape[3] ** -0.5), None
     ends = cu_seq_lens_q.tolist()
     parts = [
@@ -143,8 +145,8 @@ def _one(
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Causal attention within documents, of products in bfloat16: half the time of torch's own on a CPU where a row has
-    several documents (benchmarks/micro.py), most of it saved in the backward pass.
+    """Causal attention within documents, of products of matrices: in bfloat16 half the time of torch's own on a CPU
+    where a row has several documents (benchmarks/micro.py), most of it saved in the backward pass.
 
     [1, heads, length, size], keys and values with as many heads or a divisor of them, `ends` as in `documents`; returns
     [1, length, heads, size]. The weights of a block are made again in the backward pass, so that nothing is kept but

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import linear, linear_cross_entropy, log_softmax, pad
+from torch.nn.functional import linear_cross_entropy, pad
 
 from manta import architecture
 from manta.config import Config
@@ -21,7 +21,8 @@ from manta.data.tokenize import IGNORE
 from manta.errors import UserError
 from manta.model import Placement, adapted, base_of
 
-_ROWS = 128  # at once: logits of so many stay in a CPU's cache
+# At once: of more rows products are faster, up to some hundreds, and 128 MiB are little beside what a step holds.
+_LOGITS = 2**25
 
 
 def check(config: Config) -> None:
@@ -86,6 +87,7 @@ class _Fused:
 
     def __init__(self, head: torch.nn.Linear):
         self.head = head
+        self.room: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(
         self,
@@ -99,7 +101,7 @@ class _Fused:
         following = pad(labels, (0, 1), value=IGNORE)[..., 1:] if shift_labels is None else shift_labels
         hidden, following = logits.reshape(-1, logits.shape[-1]), following.reshape(-1).to(logits.device)
         if hidden.device.type == "cpu" and not _is_trained(self.head):
-            total = _Frozen.apply(hidden, self.head.weight, self.head.bias, following)
+            total = _Frozen.apply(hidden, self.head.weight, self.head.bias, following, self._room(len(hidden)))
             return total / ((following != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
         bias = self.head.bias
         loss = linear_cross_entropy(
@@ -113,32 +115,55 @@ class _Fused:
         )
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
+    def _room(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For logits as the head makes them and in float32, the same where that is the same. It is kept: the kernel
+        gives new memory page by page, which takes as long as a softmax."""
+        made = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.head.weight.dtype
+        outputs = len(self.head.weight)
+        rows = min(rows, max(_LOGITS // outputs // 64, 1) * 64)
+        for dtype in {made, torch.float32}:
+            if dtype not in self.room or len(self.room[dtype]) < rows:
+                self.room[dtype] = torch.empty(rows, outputs, dtype=dtype)
+        return self.room[made], self.room[torch.float32]
+
 
 class _Frozen(torch.autograd.Function):
     """The sum of rows' losses, float32, of hidden states [rows, in] and an output matrix [out, in] not trained.
 
-    The gradient of the hidden states is computed with it, and waits for the backward pass.
+    The gradient of the hidden states is computed with it, and waits for the backward pass. `room` is for logits of some
+    rows at a time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, following: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        following: torch.Tensor,
+        room: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
-        for begin in range(0, len(hidden), _ROWS):
-            rows = slice(begin, begin + _ROWS)
-            trained = (following[rows] != IGNORE)[:, None]
-            chosen = following[rows, None].clamp(min=0)
-            logits = linear(hidden[rows], weight, bias)
-            logs = log_softmax(logits, -1, dtype=torch.float32)
-            total -= (logs.gather(1, chosen) * trained).sum()
-            if ctx.needs_input_grad[0]:
-                share = logs.exp_().scatter_add_(1, chosen, torch.full(chosen.shape, -1.0))
-                gradient[rows] = torch.mm(torch.mul(share, trained, out=logits), weight)
+        states, weight = hidden.to(room[0].dtype), weight.to(room[0].dtype)
+        for begin in range(0, len(hidden), len(room[0])):
+            rows = slice(begin, begin + len(room[0]))
+            trained, chosen = (following[rows] != IGNORE)[:, None], following[rows].clamp(min=0)
+            logits, shifted = (each[: len(chosen)] for each in room)
+            torch.mm(states[rows], weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
+            torch.sub(logits, logits.amax(-1, keepdim=True).float(), out=shifted)
+            own = shifted.gather(1, chosen[:, None])
+            sums = shifted.exp_().sum(-1, keepdim=True)
+            total += ((sums.log() - own) * trained).sum()
+            if ctx.needs_input_grad[0]:  # shares times outputs, less the output that follows
+                shares = shifted if shifted.dtype == weight.dtype else logits.copy_(shifted)
+                expected = torch.mm(shares, weight) / sums
+                gradient[rows] = (expected - weight[chosen]) * trained
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.saved_tensors[0] * gradients[0], None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * gradients[0], None, None, None, None

@@ -109,8 +109,9 @@ def test_adapters_learn_alike_and_a_frozen_head_gets_no_gradient():
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) <= 1e-5
 
 
-def test_a_frozen_heads_loss_on_a_cpu_is_that_of_its_logits():
+def test_a_frozen_heads_loss_on_a_cpu_is_that_of_its_logits(monkeypatch):
     """More rows than are taken at once, some not trained; with adapters, whose gradients are compared."""
+    monkeypatch.setattr(loss, "_LOGITS", 64 * VOCABULARY)
     network = get_peft_model(made(PLAIN["llama"]()), LoraConfig(target_modules="all-linear", r=4))
     given = {name: each.repeat(1, 5) for name, each in batch(False).items() if name != "use_cache"}
     before, wanted = gradients(network, given)
@@ -166,8 +167,9 @@ def test_logits_stay_where_they_are_wanted(how, device, more):
     assert network(**batch(False)).logits.shape[-1] == VOCABULARY
 
 
-def test_the_estimate_of_memory_knows(tmp_path):
-    """A step without storage has no logits in it; the vocabulary is what is wide here."""
+def test_the_estimate_of_memory_knows(tmp_path, monkeypatch):
+    """A step without storage has no logits of all rows in it; the vocabulary is what is wide here."""
+    monkeypatch.setattr(loss, "_LOGITS", 2**14)
     plain = small_config(tmp_path)
     placement, shape = Placement(torch.device("cpu"), 1), Shape(1, 400)
     whole = memory.estimate(plain.model_copy(update={"fused_loss": "off"}), placement, shape, "none")

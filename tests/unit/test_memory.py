@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from manta import activations, architecture, attention, fit, memory, model
+from manta import activations, architecture, attention, fit, loss, memory, model
 from manta.config import Config
 from manta.heap import Heap
 from manta.model import Placement
@@ -70,6 +70,7 @@ def really(config: Config, what: Any, dtype: torch.dtype) -> int:
     attention.register()
     placement = Placement(torch.device("cpu"), dtype=dtype)
     network = model.build(config.model_copy(update={"attn_implementation": attention.DOCUMENTS}), placement).train()
+    loss.settle(network, config, "cpu")
     activations.recompute(network, what)
     own = {each.untyped_storage()._cdata: None for each in (*network.parameters(), *network.buffers())}
     ids = torch.arange(LENGTH)[None] % 90
@@ -78,9 +79,9 @@ def really(config: Config, what: Any, dtype: torch.dtype) -> int:
     with alive:
         with model.autocast(placement):
             found = network(input_ids=ids, labels=ids, shift_labels=ids, position_ids=torch.arange(LENGTH)[None])
-        loss = found.loss
+        found_loss = found.loss
         del found
-        loss.backward()
+        found_loss.backward()
     return alive.most
 
 
