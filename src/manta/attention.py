@@ -79,7 +79,10 @@ def documents(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
     unlimited = sliding_window is None or sliding_window >= query.shape[2]
-    by_blocks = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and int(max_length_q or 0) <= _LONGEST)
+    # Under autocast some models' queries are float32 beside values in bfloat16, which torch itself casts alike.
+    by_blocks = query.dtype == torch.bfloat16 or (
+        query.dtype == torch.float32 and int(max_length_q or 0) <= _LONGEST and not torch.is_autocast_enabled("cpu")
+    )
     if query.device.type == "cpu" and by_blocks and unlimited and not dropout:
         return attend(query, key, value, cu_seq_lens_q, scaling or query.shape[3] ** -0.5), None
     ends = cu_seq_lens_q.tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 
 _ALIGNMENT = 64  # c10/core/alignment.h
 # glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
@@ -37,6 +38,7 @@ class Heap:
         self.most = self._before = 0
         self._pieces: set[int] = set()
         self._c: ctypes.CDLL | None = None
+        gc.collect()  # or what is freed meanwhile, in cycles, counts as if it were given back here
         with contextlib.suppress(OSError, AttributeError):
             library = ctypes.CDLL(None)
             library.mallinfo2.restype = _Info
