@@ -4,7 +4,8 @@
                                  [--full_ft] [--quick]
 
 A Llama of 135 million random weights, LoRA of rank 16 on every projection, batches of 8 samples, two cores. The arms
-run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, with Ray and all. Tokens
+run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code,
+on Ray Train. Tokens
 per second are tokens that are no padding, by the time between the ends of steps, the first two left out; the median of
 the runs. The compiled arm goes over the same samples until its layers have been compiled and judged, and is timed from
 there on. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's default; then each
@@ -51,7 +52,6 @@ ARMS = {
     "trl packed": {"packing": True},
     "trl packed, no checkpointing": {"packing": True, "checkpointing": False},
     "guide": {},
-    "guide bfloat16": {"dtype": "bfloat16"},
     "guide float32": {"dtype": "float32"},
 }
 SAME_SAMPLES = ("manta", "manta full-checkpointing", "trl padded")  # in each step, and the same labels
