@@ -4,12 +4,12 @@
                                  [--full_ft] [--quick]
 
 A Llama of 135 million random weights, LoRA of rank 16 on every projection, batches of 8 samples, two cores. The arms
-run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code,
-on Ray Train. Tokens
-per second are tokens that are no padding, by the time between the ends of steps, the first two left out; the median of
-the runs. The compiled arm goes over the same samples until its layers have been compiled and judged, and is timed from
-there on. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's default; then each
-arm drops other elements, so that losses are near and not equal. Results go to benchmarks/results/<date>-training-*.
+run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code, on
+Ray Train. Tokens per second are tokens that are no padding, by the time between the ends of steps, the first two left
+out; the median of the runs. The compiled arm goes over the same samples until its layers have been compiled and judged,
+and is timed from there on. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's
+default; then each arm drops other elements, so that losses are near and not equal. Results go to
+benchmarks/results/<date>-training-*.
 """
 
 from __future__ import annotations
