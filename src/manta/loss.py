@@ -1,8 +1,9 @@
 """The loss of the next token: from logits, or from hidden states and the output matrix at once.
 
 Fused, logits are made for some rows at a time, and their gradients in the same pass, so that logits of all rows of a
-large batch, the largest tensors of a step, are never there. On a GPU torch does it (torch.nn.LinearCrossEntropyOptions). On a CPU that
-takes several times as long, since it sums a trained matrix's gradient in float32; a frozen one's loss is computed here.
+large batch, the largest tensors of a step, are never there. On a GPU torch does it
+(torch.nn.LinearCrossEntropyOptions). On a CPU that takes several times as long, since it sums a trained matrix's
+gradient in float32; a frozen one's loss is computed here.
 """
 
 from __future__ import annotations
