@@ -7,7 +7,7 @@ A Llama of 135 million random weights, LoRA of rank 16 on every projection, batc
 run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code, on
 Ray Train. Tokens per second are tokens that are no padding, by the time between the ends of steps, the first two left
 out; the median of the runs. The compiled arm goes over the same samples until its layers have been compiled and judged,
-and is timed from there on. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's
+and is timed from there on. `manta with heaps apart` is Manta as if glibc were left to itself. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's
 default; then each arm drops other elements, so that losses are near and not equal. Results go to
 benchmarks/results/<date>-training-*.
 """
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from report import about, publish, where
 
+from manta import heap
 from manta.config import Config
 from running import order_of, prepared_of
 from tiny import tiny_tokenizer
@@ -46,6 +47,7 @@ ARMS = {
     "manta": {},
     "manta packed": {"packing": True},
     "manta full-checkpointing": {"gradient_checkpointing": "full"},
+    "manta with heaps apart": {"variables": {heap.ARENAS: "16"}},
     "manta compiled": {"torch_compile": True, "max_steps": 18},
     "manta packed full-checkpointing": {"packing": True, "gradient_checkpointing": "full"},
     "trl padded": {},
@@ -54,7 +56,12 @@ ARMS = {
     "guide": {},
     "guide float32": {"dtype": "float32"},
 }
-SAME_SAMPLES = ("manta", "manta full-checkpointing", "trl padded")  # in each step, and the same labels
+SAME_SAMPLES = (
+    "manta",
+    "manta full-checkpointing",
+    "manta with heaps apart",
+    "trl padded",
+)  # in each step, and the same labels
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged
@@ -153,13 +160,17 @@ def run_manta(
     folder: Path, name: str, arm: str, options: argparse.Namespace, number: int, more: dict[str, Any]
 ) -> dict[str, Any]:
     run = f"{name}-{arm.replace(' ', '-').replace(',', '')}-{number}"
+    variables, more = more.get("variables", {}), {key: value for key, value in more.items() if key != "variables"}
     config = config_of(folder, name, options, run, **more)
     recipe = folder / f"{run}.yaml"
     recipe.write_text(config.dump())
     started = time.time()
     with (folder / f"{run}.log").open("w") as log:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("manta"), "train", "--config", recipe], stdout=log, stderr=log
+            [Path(sys.executable).with_name("manta"), "train", "--config", recipe],
+            env={**os.environ, **variables},
+            stdout=log,
+            stderr=log,
         )
         peak = Peak(process.pid)
         if process.wait():

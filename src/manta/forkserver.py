@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, Self
 from unittest.mock import patch
 
-from manta import fork_client, imports, quiet
+from manta import fork_client, heap, imports, quiet
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")  # whose drivers do not survive a fork, once a library has asked for devices
 _LONGEST = 100  # of the path of a socket, and of one after #!, that every Linux takes
@@ -44,6 +44,7 @@ _MAY_DIFFER = (
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR",
     "CUDA_VISIBLE_DEVICES",
+    heap.ARENAS,  # read when a process begins: the server has one as it is
     "OMP_NUM_THREADS",
     "SPT_NOENV",
     "TOKENIZERS_PARALLELISM",
@@ -90,6 +91,7 @@ class Server:
         if self._forked or self._started:
             return
         if self._is_early and threading.active_count() == 1 and "ray" not in sys.modules:
+            heap.unite()
             imports.ahead()
             _flush()
             self._forked = os.fork() or self._be_forked()
@@ -178,6 +180,7 @@ def serve(listening: int, alive: int, threads: int, modules: Collection[str]) ->
     it is to be, and at last in the server, with None."""
     ours, first = dict(os.environ), None
     with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as events:
+        heap.unite()
         imports.ahead()
         importlib.import_module("torch").set_num_threads(threads)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing

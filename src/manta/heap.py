@@ -2,6 +2,10 @@
 
 Asked of the heap itself: each piece is allocated as torch does on a CPU and never written to, so that it takes
 addresses and no memory, and glibc says how large its heap is (mallinfo(3)). Where there is no glibc, nothing is known.
+
+A process that trains has one heap for all its threads. Ray trains in a thread that is not the first; glibc gives such a
+thread an arena of its own, which grows by pieces of 64 MiB (malloc/arena.c). Few activations fit into one, and steps of
+different sizes leave more and more holes. benchmarks/training.py measures it.
 """
 
 from __future__ import annotations
@@ -9,11 +13,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 
+ARENAS = "MALLOC_ARENA_MAX"
+_M_ARENA_MAX = -8  # malloc.h
 _ALIGNMENT = 64  # c10/core/alignment.h
 # glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
 _LARGEST = 31 * 2**20
 _SMALLEST_HOLE = 1 << 10  # what is smaller makes no difference
+
+
+def one() -> dict[str, str]:
+    """Variables that give all threads of a process to be one heap, unless this process was told how many."""
+    return {ARENAS: os.environ.get(ARENAS, "1")}
+
+
+def unite() -> None:
+    """The same in this process, before it has a second thread; `ARENAS` was read when it began."""
+    if ARENAS not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class _Info(ctypes.Structure):
