@@ -7,9 +7,9 @@ A Llama of 135 million random weights, LoRA of rank 16 on every projection, batc
 run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code, on
 Ray Train. Tokens per second are tokens that are no padding, by the time between the ends of steps, the first two left
 out; the median of the runs. The compiled arm goes over the same samples until its layers have been compiled and judged,
-and is timed from there on. `manta with heaps apart` is Manta as if glibc were left to itself. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's
-default; then each arm drops other elements, so that losses are near and not equal. Results go to
-benchmarks/results/<date>-training-*.
+and is timed from there on. `manta with heaps apart` leaves glibc to itself, which gives each thread a heap. Memory is
+the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's default; then the peers drop other
+elements, so that losses are near and not equal. Results go to benchmarks/results/<date>-training-*.
 """
 
 from __future__ import annotations

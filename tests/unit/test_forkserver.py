@@ -17,12 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from manta import fork_client, forkserver, imports
+from heaps import HAS_ONE_HEAP
+from manta import fork_client, forkserver, heap, imports
 from manta.fork_client import worker_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")]
 
-WORKER = """
+WORKER = (
+    HAS_ONE_HEAP
+    + """
 import gc, json, os, sys
 torch, ray = sys.modules.get("torch"), sys.modules.get("ray")
 told = {
@@ -32,10 +35,11 @@ told = {
     "memory": {line.split()[0]: int(line.split()[1]) for line in list(open("/proc/self/smaps_rollup"))[1:]},
     "variables": dict(os.environ), "id": ray and ray.ObjectID.from_random().hex(),
     "files": [os.readlink(file) for each in range(99) if os.path.lexists(file := f"/proc/self/fd/{each}")],
-    "oom": open("/proc/self/oom_score_adj").read().strip(),
+    "one heap": has_one_heap(), "oom": open("/proc/self/oom_score_adj").read().strip(),
 }
 print(json.dumps(told), flush=True)
 """
+)
 SETUP = "print('not asked for')"  # in place of Ray's, which runs where the server is not to
 
 
@@ -118,18 +122,18 @@ def asked(python: str, command: list[str], out: Path, said: str = "", **variable
 
 def test_a_process_is_what_python_would_have_made_it(server, folder, tmp_path):
     driver, python, pipe = server
-    command = command_of(folder, "--node-id=ü 1", env_vars={"OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"})
+    command = command_of(folder, "--node-id=ü 1", env_vars={**heap.one(), "OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"})
     told = json.loads(asked(python, command, tmp_path, "line\n", RAY_RAYLET_PID="7"))
     worker = str(folder / "default_worker.py")
     assert told["arguments"] == [worker, "--node-id=ü 1"] and told["main"] == worker and told["first"] == str(folder)
     assert told["said"] == "line\n" and told["folder"] == str(tmp_path)
-    wanted = {**environment_of_ray(), "RAY_RAYLET_PID": "7", "OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"}
+    wanted = {**environment_of_ray(), **heap.one(), "RAY_RAYLET_PID": "7", "OMP_NUM_THREADS": "2", "RAY_TRAIN_X": "a=b"}
     assert told["variables"] == wanted
     assert psutil.Process(told["parent"]).ppid() == driver.pid
     assert pipe not in told["files"] and told["collects"]
     assert {*imports.OF_WORKERS, "ray.train.torch"} <= set(told["modules"])
     assert told["memory"]["Pss:"] < 0.75 * told["memory"]["Rss:"], "it shares what was imported"
-    assert told["threads"] == 2 and told["group"] == told["pid"] and told["oom"] == "1000"
+    assert told["one heap"] and told["threads"] == 2 and told["group"] == told["pid"] and told["oom"] == "1000"
 
 
 def test_threads_are_those_of_a_worker_where_nothing_is_said(python, folder, tmp_path, monkeypatch):
