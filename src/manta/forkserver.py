@@ -44,7 +44,7 @@ _MAY_DIFFER = (
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR",
     "CUDA_VISIBLE_DEVICES",
-    heap.ARENAS,  # read when a process begins: the server has one as it is
+    heap.ARENAS,  # read when a process begins, and the server has as many itself
     "OMP_NUM_THREADS",
     "SPT_NOENV",
     "TOKENIZERS_PARALLELISM",
