@@ -56,12 +56,8 @@ ARMS = {
     "guide": {},
     "guide float32": {"dtype": "float32"},
 }
-SAME_SAMPLES = (
-    "manta",
-    "manta full-checkpointing",
-    "manta with heaps apart",
-    "trl padded",
-)  # in each step, and the same labels
+# In each step, and the same labels.
+SAME_SAMPLES = ("manta", "manta full-checkpointing", "manta with heaps apart", "trl padded")
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged
@@ -160,7 +156,8 @@ def run_manta(
     folder: Path, name: str, arm: str, options: argparse.Namespace, number: int, more: dict[str, Any]
 ) -> dict[str, Any]:
     run = f"{name}-{arm.replace(' ', '-').replace(',', '')}-{number}"
-    variables, more = more.get("variables", {}), {key: value for key, value in more.items() if key != "variables"}
+    more = dict(more)
+    variables = more.pop("variables", {})
     config = config_of(folder, name, options, run, **more)
     recipe = folder / f"{run}.yaml"
     recipe.write_text(config.dump())

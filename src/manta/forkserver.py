@@ -99,7 +99,8 @@ class Server:
             numbers = [str(each) for each in (self._listening, self._alive, self._threads)]
             self._started = subprocess.Popen(
                 [sys.executable, "-m", __name__, *numbers, *self._modules],
-                env=dict(os.environ),  # without what libraries have put beside it, as readline does, and Ray leaves out
+                # Without what libraries have put beside it, as readline does, and Ray leaves out.
+                env={**os.environ, **heap.one()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if quiet.is_verbose() else subprocess.DEVNULL,
@@ -180,7 +181,6 @@ def serve(listening: int, alive: int, threads: int, modules: Collection[str]) ->
     it is to be, and at last in the server, with None."""
     ours, first = dict(os.environ), None
     with socket.socket(fileno=listening) as listener, selectors.DefaultSelector() as events:
-        heap.unite()
         imports.ahead()
         importlib.import_module("torch").set_num_threads(threads)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that have ended leave nothing
