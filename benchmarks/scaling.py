@@ -1,8 +1,8 @@
 """From one worker with both cores to two with one each, beside Accelerate and Lightning with two processes.
 
-    make peers && python benchmarks/scaling.py [--steps 8] [--quick]
+    make peers && python benchmarks/scaling.py [--steps 8] [--dtype auto] [--quick]
 
-The model, the data and the LoRA of training.py, bfloat16, 8 samples a step in all arms. Manta as `manta train` runs it:
+The model, the data and the LoRA of training.py, 8 samples a step in all arms. Manta as `manta train` runs it:
 one worker, then two, each with a whole base since it is frozen and fits, and two with FSDP; the others with DDP and
 padding to the longest row, as their examples have it. Order A B C … C B A; real tokens per second between the ends of
 steps, the first two left out. Results go to benchmarks/results/<date>-scaling.{json,md}.
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from report import about, publish, where
-from training import BATCH, DATA, RANK, RATE, SEED, TARGETS, make_model, rate, run_manta, write_data
+from training import BATCH, DATA, RANK, RATE, SEED, TARGETS, chosen, make_model, rate, run_manta, write_data
 
+WARM_UP = 2
 TWO = {"num_workers": 2, "resources_per_worker": {"CPU": 1}, "per_device_train_batch_size": BATCH // 2}
 PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`
 WORKERS = {
@@ -55,10 +56,10 @@ def run_library(folder: Path, library: str, options: argparse.Namespace, number:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--quick", action="store_true", help="a model of two layers, each arm once, nothing written")
     options = parser.parse_args()
-    options.full_ft, options.dropout = False, 0.0
+    options.full_ft, options.dropout, options.dtype = False, 0.0, chosen(options.dtype)
     if not DATA.exists():
         raise SystemExit(f"the data to train on is not at {DATA}")
     libraries = LIBRARIES if PEERS.exists() else {}
@@ -77,8 +78,9 @@ def main() -> None:
                 runs[arm].append(run_manta(folder, "alpaca", arm, options, number, WORKERS[arm]))
             else:
                 runs[arm].append(run_library(folder, libraries[arm], options, number))
+            runs[arm][-1]["warm_up"] = WARM_UP
             print(f"{arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
-    report["runs"] = runs
+    report |= {"runs": runs, "dtype": options.dtype}
     publish("scaling", report, told(report), to_files=not options.quick)
 
 
@@ -88,8 +90,8 @@ def told(report: dict[str, Any]) -> str:
     lines = [
         f"# One worker and two, {report['date']}",
         "",
-        f"LoRA, bfloat16, alpaca's demo, {BATCH} samples a step; {where(report)}. `python benchmarks/scaling.py "
-        f"{shlex.join(sys.argv[1:])}`, with the peers of `make peers` where they are.",
+        f"LoRA, {report['dtype']}, alpaca's demo, {BATCH} samples a step; {where(report)}. `python benchmarks/"
+        f"scaling.py {shlex.join(sys.argv[1:])}`, with the peers of `make peers` where they are.",
         "",
         "| | real tok/s | of one worker |",
         "|---|---|---|",

@@ -1,15 +1,17 @@
 """Fine-tuning side by side: Manta, TRL, and the guide's code, on the same tokens with the same model.
 
-    python benchmarks/training.py [--data gsm8k alpaca] [--arms …] [--steps 10] [--dtype bfloat16] [--dropout 0]
-                                 [--full_ft] [--quick]
+    python benchmarks/training.py [--data gsm8k alpaca] [--arms …] [--steps 10] [--warm_up 2] [--dtype auto]
+                                 [--dropout 0] [--one_way] [--full_ft] [--quick]
 
 A Llama of 135 million random weights, LoRA of rank 16 on every projection, batches of 8 samples, two cores. The arms
-run in the order A B C … C B A, each in a process of its own; Manta as `manta train` runs it, and the guide's code, on
-Ray Train. Tokens per second are tokens that are no padding, by the time between the ends of steps, the first two left
-out; the median of the runs. The compiled arm goes over the same samples until its layers have been compiled and judged,
-and is timed from there on. `manta with heaps apart` leaves glibc to itself, which gives each thread a heap. Memory is
-the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's default; then the peers drop other
-elements, so that losses are near and not equal. Results go to benchmarks/results/<date>-training-*.
+run in the order A B C … C B A, or with `--one_way` as they are given, each in a process of its own; Manta as `manta
+train` runs it, and the guide's code, on Ray Train. Tokens per second are tokens that are no padding, by the time
+between the ends of steps, `--warm_up` of them left out; the median of the runs. `--dtype auto` is what Manta takes on
+this CPU, also for the peers; `guide` computes in bfloat16 wherever it is, as it is written. The compiled arm goes over
+the same samples until its layers have been compiled and judged, and is timed from there on. `manta with heaps apart`
+leaves glibc to itself, which gives each thread a heap. Memory is the peak of the process that trains. `--dropout 0.1`
+is the guide's and Manta's default; then the peers drop other elements, so that losses are near and not equal. Results
+go to benchmarks/results/<date>-training-*.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ ARMS = {
     "trl padded": {},
     "trl packed": {"packing": True},
     "trl packed, no checkpointing": {"packing": True, "checkpointing": False},
-    "guide": {},
+    "guide": {"dtype": "bfloat16"},
     "guide float32": {"dtype": "float32"},
 }
 # In each step, and the same labels.
 SAME_SAMPLES = ("manta", "manta full-checkpointing", "manta with heaps apart", "trl padded")
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged
+COMPILED = 13  # with --torch_compile, the steps until the layers were judged, which are not timed
 
 
 def make_model(folder: Path, quick: bool) -> None:
@@ -181,7 +183,7 @@ def run_manta(
         "times": [line["time"] for line in lines],
         "tokens": tokens,
         "losses": [line["loss"] for line in lines],
-        "warm_up": COMPILED if config.torch_compile else WARM_UP,
+        **({"warm_up": COMPILED} if config.torch_compile else {}),
         "peak_bytes": peak.stop(),
         "seconds": result["seconds"],
     }
@@ -256,8 +258,15 @@ def run_peer(
 
 def rate(report: dict[str, Any]) -> float:
     """Tokens per second of a run, warm-up left out."""
-    times, tokens, first = report["times"], report["tokens"], report.get("warm_up", WARM_UP)
+    times, tokens, first = report["times"], report["tokens"], report["warm_up"]
     return sum(tokens[first:]) / (times[-1] - times[first - 1])
+
+
+def chosen(dtype: str) -> str:
+    """The precision in which Manta computes on this CPU."""
+    from manta.model import computes_bfloat16
+
+    return dtype if dtype != "auto" else "bfloat16" if computes_bfloat16("cpu") else "float32"
 
 
 def main() -> None:
@@ -265,28 +274,33 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm_up", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--rounds", type=int, default=1, help="times there and back")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--one_way", action="store_true", help="the arms as given, in which one may be twice")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--dropout", type=float, default=0.0, help="before the adapters, in every arm")
     parser.add_argument("--full_ft", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a model of two layers, nothing written")
     options = parser.parse_args()
     report = about("torch", "transformers", "peft", "trl", "accelerate", "ray")
-    report["options"] = vars(options)
+    report["options"] = dict(vars(options))
+    asked, options.dtype = options.dtype, chosen(options.dtype)
     with tempfile.TemporaryDirectory(prefix="manta-bench-", dir="/tmp") as name:
         folder = Path(name)
         make_model(folder / "model", options.quick)
         for data in options.data:
             write_data(folder, data, options)
-            order = [*options.arms, *reversed(options.arms)] * options.rounds
+            back = [] if options.one_way else reversed(options.arms)
+            order = [*options.arms, *back] * options.rounds
             runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
             for arm in order:
                 run = run_manta if arm.startswith("manta") else run_peer
-                runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
+                done = run(folder, data, arm, options, len(runs[arm]), ARMS[arm])
+                runs[arm].append({"warm_up": options.warm_up} | done)
                 print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
     dropout = ["dropout"] * (options.dropout > 0)
-    kind = "-".join(["full" if options.full_ft else "lora", *dropout, options.dtype, *options.data])
+    kind = "-".join(["full" if options.full_ft else "lora", *dropout, asked, *options.data])
     publish(f"training-{kind}", report, told(report, options), to_files=not options.quick)
 
 
