@@ -305,12 +305,14 @@ def main() -> None:
 
 
 def told(report: dict[str, Any], options: argparse.Namespace) -> str:
+    written = " `guide` is in bfloat16, as it is written." if "guide" in options.arms else ""
     lines = [
         f"# Training side by side, {report['date']}",
         "",
         f"{'Full fine-tuning' if options.full_ft else 'LoRA'}, {options.dtype}, {where(report)}. `python benchmarks/"
         f"training.py {shlex.join(sys.argv[1:])}`. Loss gap: the largest "
-        "difference of a step's loss from Manta's on the same samples; packed arms have other samples in a step.",
+        "difference of a step's loss from Manta's on the same samples; packed arms have other samples in a step."
+        f"{written}",
     ]
     for data in options.data:
         lines += ["", f"## {data}", "", "| arm | real tok/s | Manta is faster by | peak memory, MiB | loss gap |"]
