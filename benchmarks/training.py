@@ -51,6 +51,7 @@ ARMS = {
     "manta full-checkpointing": {"gradient_checkpointing": "full"},
     "manta with heaps apart": {"variables": {heap.ARENAS: "16"}},
     "manta compiled": {"torch_compile": True, "max_steps": 18},
+    "manta packed selective-checkpointing": {"packing": True, "gradient_checkpointing": "selective"},
     "manta packed full-checkpointing": {"packing": True, "gradient_checkpointing": "full"},
     "trl padded": {},
     "trl packed": {"packing": True},
