@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from report import about, publish, where
-from training import BATCH, DATA, RANK, RATE, SEED, TARGETS, chosen, make_model, rate, run_manta, write_data
+from training import BATCH, DATA, RANK, RATE, SEED, TARGETS, WARM_UP, chosen, make_model, rate, run_manta, write_data
 
-WARM_UP = 2
 TWO = {"num_workers": 2, "resources_per_worker": {"CPU": 1}, "per_device_train_batch_size": BATCH // 2}
 PEERS = Path(__file__).parents[1] / ".peers"  # of `make peers`
 WORKERS = {
@@ -60,6 +59,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model of two layers, each arm once, nothing written")
     options = parser.parse_args()
     options.full_ft, options.dropout, options.dtype = False, 0.0, chosen(options.dtype)
+    options.warm_up = WARM_UP
     if not DATA.exists():
         raise SystemExit(f"the data to train on is not at {DATA}")
     libraries = LIBRARIES if PEERS.exists() else {}
@@ -78,7 +78,6 @@ def main() -> None:
                 runs[arm].append(run_manta(folder, "alpaca", arm, options, number, WORKERS[arm]))
             else:
                 runs[arm].append(run_library(folder, libraries[arm], options, number))
-            runs[arm][-1]["warm_up"] = WARM_UP
             print(f"{arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
     report |= {"runs": runs, "dtype": options.dtype}
     publish("scaling", report, told(report), to_files=not options.quick)

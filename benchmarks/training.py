@@ -64,7 +64,7 @@ ARMS = {
 SAME_SAMPLES = ("manta", "manta full-checkpointing", "manta with heaps apart", "trl padded")
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-COMPILED = 13  # with --torch_compile, the steps until the layers were judged, which are not timed
+WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged
 
 
 def make_model(folder: Path, quick: bool) -> None:
@@ -185,7 +185,7 @@ def run_manta(
         "times": [line["time"] for line in lines],
         "tokens": tokens,
         "losses": [line["loss"] for line in lines],
-        **({"warm_up": COMPILED} if config.torch_compile else {}),
+        "warm_up": COMPILED if config.torch_compile else options.warm_up,
         "peak_bytes": peak.stop(),
         "seconds": result["seconds"],
     }
@@ -255,12 +255,12 @@ def run_peer(
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return json.loads(Path(job["report"]).read_text())
+    return {"warm_up": options.warm_up, **json.loads(Path(job["report"]).read_text())}
 
 
 def rate(report: dict[str, Any]) -> float:
     """Tokens per second of a run, warm-up left out."""
-    times, tokens, first = report["times"], report["tokens"], report["warm_up"]
+    times, tokens, first = report["times"], report["tokens"], report.get("warm_up", WARM_UP)
     return sum(tokens[first:]) / (times[-1] - times[first - 1])
 
 
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm_up", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--warm_up", type=int, default=WARM_UP, help="steps that are not timed")
     parser.add_argument("--rounds", type=int, default=1, help="times there and back")
     parser.add_argument("--one_way", action="store_true", help="the arms as given, in which one may be twice")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
@@ -298,8 +298,7 @@ def main() -> None:
             runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
             for arm in order:
                 run = run_manta if arm.startswith("manta") else run_peer
-                done = run(folder, data, arm, options, len(runs[arm]), ARMS[arm])
-                runs[arm].append({"warm_up": options.warm_up} | done)
+                runs[arm].append(run(folder, data, arm, options, len(runs[arm]), ARMS[arm]))
                 print(f"{data}, {arm}: {rate(runs[arm][-1]):,.0f} tok/s", file=sys.stderr, flush=True)
             report[data] = runs
     dropout = ["dropout"] * (options.dropout > 0)
