@@ -105,7 +105,9 @@ def at_most(config: Config, placement: Placement, shape: Shape) -> Memory | None
         return None
     found: list[tuple[dict[Kind, float], dict[Kind, float]]] = []
     for few in _FEW_LAYERS:
-        if (both := passes(bare_network(config, placement, shape, few), placement, shape)) is None:
+        shortened = bare_network(config, placement, shape, few)
+        recompute(shortened, "none")
+        if (both := passes(shortened, placement, shape)) is None:
             return None
         found.append(both)
     (fewer, _), (more, backward) = found
