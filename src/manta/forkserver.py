@@ -44,7 +44,8 @@ _MAY_DIFFER = (
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR",
     "CUDA_VISIBLE_DEVICES",
-    heap.ARENAS,  # read when a process begins, and the server has as many itself
+    heap.ARENAS,  # these two are read when a process begins, as the server's were
+    heap.TUNABLES,
     "OMP_NUM_THREADS",
     "SPT_NOENV",
     "TOKENIZERS_PARALLELISM",
@@ -100,7 +101,7 @@ class Server:
             self._started = subprocess.Popen(
                 [sys.executable, "-m", __name__, *numbers, *self._modules],
                 # Without what libraries have put beside it, as readline does, and Ray leaves out.
-                env={**os.environ, **heap.one()},
+                env={**os.environ, **heap.variables()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if quiet.is_verbose() else subprocess.DEVNULL,

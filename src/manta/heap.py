@@ -5,7 +5,10 @@ addresses and no memory, and glibc says how large its heap is (mallinfo(3)). Whe
 
 A process that trains has one heap for all its threads. Ray trains in a thread that is not the first; glibc gives such a
 thread an arena of its own, which grows by pieces of 64 MiB (malloc/arena.c). Few activations fit into one, and steps of
-different sizes leave more and more holes. benchmarks/training.py measures it.
+different sizes leave more and more holes. Before 2.39 glibc also cuts the aligned pieces that torch asks for out of
+larger ones, and keeps what is left over, some tens of bytes, in lists where it does not grow together with its
+neighbour again (https://sourceware.org/bugzilla/show_bug.cgi?id=30723): a tensor does not fit into the hole that one of
+its size leaves. Without these lists it does. benchmarks/training.py measures both.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 
-ARENAS = "MALLOC_ARENA_MAX"
+ARENAS, TUNABLES = "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"
+_NO_LISTS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 _M_ARENA_MAX = -8  # malloc.h
 _ALIGNMENT = 64  # c10/core/alignment.h
 # glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
@@ -23,13 +28,33 @@ _LARGEST = 31 * 2**20
 _SMALLEST_HOLE = 1 << 10  # what is smaller makes no difference
 
 
-def one() -> dict[str, str]:
-    """Variables that give all threads of a process to be one heap, unless this process was told how many."""
-    return {ARENAS: os.environ.get(ARENAS, "1")}
+def variables() -> dict[str, str]:
+    """What glibc reads when a process that trains begins, unless this process was told something else."""
+    return {ARENAS: os.environ.get(ARENAS, "1"), TUNABLES: os.environ.get(TUNABLES, _NO_LISTS)}
+
+
+def begin_again() -> None:
+    """Have Python begin anew in this process, without glibc's lists; returns where it has, or where that is no matter.
+
+    For one whose forks train, at its very beginning: its command line is read again, and nothing else is kept.
+    """
+    if os.environ.get(TUNABLES) == _NO_LISTS:
+        del os.environ[TUNABLES]  # what else this process starts, such as Ray's own, is to be as it is
+    elif TUNABLES not in os.environ and _keeps_remainders():
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: _NO_LISTS})
+
+
+def _keeps_remainders() -> bool:
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (OSError, ValueError):  # another C library
+        return False
+    return name == "glibc" and tuple(map(int, version.split("."))) < (2, 39)
 
 
 def unite() -> None:
-    """The same in this process, before it has a second thread; `ARENAS` was read when it began."""
+    """One heap for all threads of this process, before it has a second; `ARENAS` was read when it began."""
     if ARENAS not in os.environ:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
