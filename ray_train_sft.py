@@ -1,6 +1,6 @@
 """Fine-tune: the guide's command, the same as `manta train`."""
 
-from manta.cli import run_verb
+from manta.__main__ import main
 
 if __name__ == "__main__":
-    run_verb("train")
+    main("train")

@@ -1,6 +1,6 @@
 """Score the tuned model on held-out rows: the guide's command, the same as `manta evaluate`."""
 
-from manta.cli import run_verb
+from manta.__main__ import main
 
 if __name__ == "__main__":
-    run_verb("evaluate")
+    main("evaluate")

@@ -9,9 +9,9 @@ train` runs it, and the guide's code, on Ray Train. Tokens per second are tokens
 between the ends of steps, `--warm_up` of them left out; the median of the runs. `--dtype auto` is what Manta takes on
 this CPU, also for the peers; `guide` computes in bfloat16 wherever it is, as it is written: a quarter of an hour a step
 on a CPU that has to emulate it, where it has to be asked for. The compiled arm goes over the same samples until its
-layers have been compiled and judged, and is timed from there on. `manta with heaps apart` leaves glibc to itself, which
-gives each thread a heap. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and Manta's
-default; then the peers drop other elements, so that losses are near and not equal. Results go to
+layers have been compiled and judged, and is timed from there on. `manta with glibc as it is` leaves it a heap for each
+thread, and its lists of small pieces. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and
+Manta's default; then the peers drop other elements, so that losses are near and not equal. Results go to
 benchmarks/results/<date>-training-*.
 """
 
@@ -50,7 +50,7 @@ ARMS = {
     "manta": {},
     "manta packed": {"packing": True},
     "manta full-checkpointing": {"gradient_checkpointing": "full"},
-    "manta with heaps apart": {"variables": {heap.ARENAS: "16"}},
+    "manta with glibc as it is": {"variables": {heap.ARENAS: "16", heap.TUNABLES: "glibc.malloc.tcache_count=7"}},
     "manta compiled": {"torch_compile": True, "max_steps": 18},
     "manta packed selective-checkpointing": {"packing": True, "gradient_checkpointing": "selective"},
     "manta packed full-checkpointing": {"packing": True, "gradient_checkpointing": "full"},
@@ -61,7 +61,7 @@ ARMS = {
     "guide float32": {"dtype": "float32"},
 }
 # In each step, and the same labels.
-SAME_SAMPLES = ("manta", "manta full-checkpointing", "manta with heaps apart", "trl padded")
+SAME_SAMPLES = ("manta", "manta full-checkpointing", "manta with glibc as it is", "trl padded")
 BATCH, LENGTH, RANK, SEED, RATE = 8, 1024, 16, 7, 1e-3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP, COMPILED = 2, 13  # steps that are not timed; with --torch_compile, those until the layers were judged

@@ -30,7 +30,7 @@ def recompute(network: Any, what: Recomputed) -> None:
     """Make the model's layers compute this again in the backward pass."""
     if what == "none":
         for module in network.modules():
-            if _is_gated(type(module)):
+            if _is_gated(module.__class__):
                 module.forward = MethodType(_gated, module)
         return
     options: dict[str, Any] = {"use_reentrant": False}

@@ -290,8 +290,3 @@ def runs_gc(where: str, dry_run: bool) -> None:
 
 main.add_command(plan_command(SectionedCommand, config_options(), config_from_flags))
 main.add_command(launch_group(config_options(), option, config_from_flags))
-
-
-def run_verb(verb: str) -> None:
-    """`manta VERB` with this process's arguments: what the guide's scripts call."""
-    main([verb, *sys.argv[1:]], prog_name="manta")

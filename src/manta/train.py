@@ -295,7 +295,8 @@ def _train_func(config_dict: dict[str, Any]) -> dict[str, Any]:
 def _environment(config: Config) -> dict[str, str]:
     """Variables of the workers' processes."""
     # Set before torch is imported, which a spare process does before Ray says what the worker reserves.
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(cluster.threads(config)), **heap.variables()}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(cluster.threads(config))}
+    environment |= heap.variables()
     if config.device == "cuda":
         environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:

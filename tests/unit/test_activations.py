@@ -118,7 +118,7 @@ def test_selective_keeps_the_product_of_an_adapted_layer_once(tmp_path):
     folder = tiny_model(tmp_path, num_hidden_layers=4)
     kept = []
     for full_ft in (True, False):
-        config = Config(hf_model_id=folder, device="cpu", full_ft=full_ft, lora_rank=2, lora_target_modules="all-linear")
+        config = Config(hf_model_id=folder, full_ft=full_ft, lora_rank=2, lora_target_modules="all-linear")
         placement = Placement(torch.device("cpu"))
         network = model.adapted(network_of(config), config, placement).train()
         activations.recompute(network, "selective")
