@@ -141,23 +141,23 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     from manta.simulation import Shape
     from manta.trainer import MantaTrainer, training_arguments
 
-    folder = Path(job["folder"])
-    base_of(job["shape"], "meta", torch.bfloat16, "sdpa").config.save_pretrained(folder / "model")
+    folder, dtype = Path(job["folder"]), getattr(torch, job.get("dtype", "bfloat16"))
+    base_of(job["shape"], "meta", dtype, "sdpa").config.save_pretrained(folder / "model")
     config = Config.from_dict(
         {
             "hf_model_id": str(folder / "model"), "full_ft": job["full_ft"], "max_steps": job["steps"],
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "lora_rank": 16, "lora_alpha": 16,
             "lora_dropout": 0, "lora_target_modules": TARGETS, "packing": True, "max_seq_length": job["capacity"],
-            "logging_steps": 1, "eval_steps": 0, "dtype": "bfloat16", "dataloader_num_workers": 0,
+            "logging_steps": 1, "eval_steps": 0, "dtype": job.get("dtype", "bfloat16"), "dataloader_num_workers": 0,
             "results_dir": str(folder / "results"),
         }
     )  # fmt: skip
     device = torch.device(job["device"])
-    placement = model.Placement(device, dtype=torch.bfloat16)
+    placement = model.Placement(device, dtype=dtype)
     attention.register()
     there = fit.room(placement)
     chosen = model.attention_of(config, device.type, architecture.skeleton(config))
-    base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else torch.bfloat16, chosen)
+    base = base_of(job["shape"], job["device"], torch.float32 if job["full_ft"] else dtype, chosen)
     network = model.adapted(base, config, placement)
     layout = model.settle_layout(network, config, placement)
     loss.settle(network, config, device.type)
@@ -243,7 +243,7 @@ def model_flops(shape: dict[str, Any], full_ft: bool, capacity: int, steps: int)
     return (6 if full_ft else 4) * matrices + 6 * layers * hidden * seen
 
 
-def peak_flops(device: str) -> tuple[float, str]:
+def peak_flops(device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[float, str]:
     """FLOP/s that MFU counts against, and where the figure is from."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
@@ -251,7 +251,7 @@ def peak_flops(device: str) -> tuple[float, str]:
             if known in name:
                 return figure, f"{name}, as published"
     size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    a = torch.randn(size, size, dtype=dtype, device=device)
     took = []
     for _ in range(8):
         begin = time.perf_counter()

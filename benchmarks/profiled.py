@@ -3,8 +3,8 @@
     python benchmarks/profiled.py [--steps 6]
 
 Manta's trainer with what `auto` chooses, LoRA on the shape of SmolLM-135M, packs of 1,024 tokens, as in gpu.py; torch's
-profiler over the last two steps. The peak is the fastest product of two bfloat16 matrices of 1,024 × 1,024, and, as a
-fairer one, of those that the model multiplies. Results go to benchmarks/results/<date>-profiled.{json,md}.
+profiler over the last two steps. The peak is the fastest product of two matrices of 1,024 × 1,024 in its precision, and
+as a fairer one of those that the model multiplies. Results go to benchmarks/results/<date>-profiled.{json,md}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import gpu
 import torch
 from report import about, publish, where
 from torch.profiler import ProfilerActivity, profile
+
+from manta.model import computes_bfloat16
 
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -68,7 +70,7 @@ def shares(done: Any) -> dict[str, float]:
     return {kind: value / sum(took.values()) for kind, value in took.items()}
 
 
-def model_products() -> float:
+def model_products(dtype: torch.dtype) -> float:
     """FLOP/s of the products of one layer and the output, as often as the model has them: the best that it could do."""
     hidden, width, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     layers = SHAPE["num_hidden_layers"]
@@ -76,7 +78,7 @@ def model_products() -> float:
     sizes = [(hidden, hidden, 2 * layers), (hidden, keys, 2 * layers), (hidden, width, 3 * layers)]
     flops = seconds = 0.0
     for rows, columns, count in [*sizes, (hidden, vocabulary, 1)]:
-        left, right = (torch.randn(*size, dtype=torch.bfloat16) for size in ((CAPACITY, rows), (rows, columns)))
+        left, right = (torch.randn(*size, dtype=dtype) for size in ((CAPACITY, rows), (rows, columns)))
         took = []
         for _ in range(5):
             begin = time.perf_counter()
@@ -92,8 +94,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--quick", action="store_true", help="nothing written")
     options = parser.parse_args()
+    dtype = "bfloat16" if computes_bfloat16("cpu") else "float32"
+    job = {"shape": SHAPE, "full_ft": False, "device": "cpu", "dtype": dtype}
+    job |= {"steps": options.steps, "capacity": CAPACITY}
     with tempfile.TemporaryDirectory() as folder:
-        job = {"shape": SHAPE, "full_ft": False, "device": "cpu", "steps": options.steps, "capacity": CAPACITY}
         plain = gpu.manta({**job, "folder": folder})
     with tempfile.TemporaryDirectory() as folder:
         profiling = Profiling(options.steps - PROFILED)
@@ -103,8 +107,9 @@ def main() -> None:
     found = about("torch", "transformers", "peft") | {
         "step_s": seconds,
         "model_flops_per_s": flops / seconds,
-        "square_product": gpu.peak_flops("cpu")[0],
-        "own_products": model_products(),
+        "dtype": dtype,
+        "square_product": gpu.peak_flops("cpu", getattr(torch, dtype))[0],
+        "own_products": model_products(getattr(torch, dtype)),
         "shares": profiling.shares,
     }
     publish("profiled", found, told(found), to_files=not options.quick)
@@ -116,7 +121,7 @@ def told(found: dict[str, Any]) -> str:
         [
             f"# Where a step's time goes, {found['date']}",
             "",
-            f"LoRA, bfloat16, 135 million parameters, packs of {CAPACITY:,} tokens; {where(found)}. `python "
+            f"LoRA, {found['dtype']}, 135 million parameters, packs of {CAPACITY:,} tokens; {where(found)}. `python "
             "benchmarks/profiled.py`, whose text says what is measured.",
             "",
             f"A step takes {found['step_s']:.2f} s: {reached:,.0f} GFLOP/s of model FLOPs, {reached / square:.0%} of "

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from manta import ledger
+from manta import heap, ledger
 from manta.config import Config
 from manta.errors import ConfigError
 from manta.outcome import ASKED_TO_STOP
@@ -225,6 +225,7 @@ def test_same_command_after_the_driver_was_asked_to_end_and_after_it_was_killed(
     run = Run(tmp_path / "results" / "driver")
     family: list[psutil.Process] = []
     parents: list[str] = []
+    told: list[str | None] = []  # to glibc when a worker began, and when the raylet did
     refused: list[subprocess.CompletedProcess[str]] = []
 
     def start() -> subprocess.Popen[bytes]:
@@ -235,7 +236,10 @@ def test_same_command_after_the_driver_was_asked_to_end_and_after_it_was_killed(
     def kill() -> None:
         refused.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60))
         family.extend(psutil.Process(driver.pid).children(recursive=True))
-        parents.append(psutil.Process(attempts(run)[-1]["workers"][0]["pid"]).parent().name())  # type: ignore[union-attr]
+        worker = psutil.Process(attempts(run)[-1]["workers"][0]["pid"])
+        parents.append(worker.parent().name())  # type: ignore[union-attr]
+        raylet = next(each for each in family if each.name() == "raylet")
+        told.extend(each.environ().get(heap.TUNABLES) for each in (worker, raylet))
         driver.kill()
 
     driver = start()
@@ -256,6 +260,8 @@ def test_same_command_after_the_driver_was_asked_to_end_and_after_it_was_killed(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     assert "raylet" not in parents or sys.platform != "linux" or Path("/dev/nvidiactl").exists()
+    if heap._keeps_remainders() and heap.TUNABLES not in os.environ:
+        assert told == [heap.variables()[heap.TUNABLES], None]
     assert refused[0].returncode == 2 and "Traceback" not in refused[0].stderr
     assert f"Another driver is training {run.path}: process {driver.pid} on" in refused[0].stderr
     committed = run.latest().step
