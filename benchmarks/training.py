@@ -10,7 +10,7 @@ between the ends of steps, `--warm_up` of them left out; the median of the runs.
 this CPU, also for the peers; `guide` computes in bfloat16 wherever it is, as it is written: a quarter of an hour a step
 on a CPU that has to emulate it, where it has to be asked for. The compiled arm goes over the same samples until its
 layers have been compiled and judged, and is timed from there on. `manta with glibc as it is` leaves it a heap for each
-thread, and its lists of small pieces. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and
+thread, tcache and fastbins. Memory is the peak of the process that trains. `--dropout 0.1` is the guide's and
 Manta's default; then the peers drop other elements, so that losses are near and not equal. Results go to
 benchmarks/results/<date>-training-*.
 """

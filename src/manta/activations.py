@@ -1,7 +1,7 @@
 """What of the forward pass is kept for the backward pass: all of it, the products of matrices, or each layer's input.
 
-What is not kept is computed again, which costs up to a third of a step, so memory is what decides; see `memory`. Even
-where nothing of that is wanted, a gated MLP's two widest results but its products are made again rather than kept.
+What is not kept is computed again, which costs up to a third of a step, so memory is what decides; see `memory`. Where
+nothing has to be, a gated MLP still keeps its two projections alone: what follows of them is as wide, and soon made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Recomputed = Literal["none", "selective", "full"]  # as the config says it, the 
 ALL: tuple[Recomputed, ...] = ("none", "selective", "full")
 
 _GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
-_FORWARDS = [  # how transformers' models write it, a hundred of them
+_FORWARDS = [  # of transformers' models, over a hundred
     f"def forward(self, x): return {_GATED}".split(),
     f"def forward(self, x): down_proj = {_GATED} return down_proj".split(),
 ]

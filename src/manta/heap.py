@@ -6,9 +6,9 @@ addresses and no memory, and glibc says how large its heap is (mallinfo(3)). Whe
 A process that trains has one heap for all its threads. Ray trains in a thread that is not the first; glibc gives such a
 thread an arena of its own, which grows by pieces of 64 MiB (malloc/arena.c). Few activations fit into one, and steps of
 different sizes leave more and more holes. Before 2.39 glibc also cuts the aligned pieces that torch asks for out of
-larger ones, and keeps what is left over, some tens of bytes, in lists where it does not grow together with its
-neighbour again (https://sourceware.org/bugzilla/show_bug.cgi?id=30723): a tensor does not fit into the hole that one of
-its size leaves. Without these lists it does. benchmarks/training.py measures both.
+larger ones, and puts what is left over, some tens of bytes, into its tcache and fastbins, where it does not merge with
+its neighbour again (https://sourceware.org/bugzilla/show_bug.cgi?id=30723): a tensor does not fit into the hole that
+one of its size leaves. Without the two it does. benchmarks/training.py measures it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import sys
 
 ARENAS, TUNABLES = "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"
-_NO_LISTS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_UNCACHED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 _M_ARENA_MAX = -8  # malloc.h
 _ALIGNMENT = 64  # c10/core/alignment.h
 # glibc takes what was once freed up to this size from the heap from then on (M_MMAP_THRESHOLD, mallopt(3)).
@@ -30,22 +30,23 @@ _SMALLEST_HOLE = 1 << 10  # what is smaller makes no difference
 
 def variables() -> dict[str, str]:
     """What glibc reads when a process that trains begins, unless this process was told something else."""
-    return {ARENAS: os.environ.get(ARENAS, "1"), TUNABLES: os.environ.get(TUNABLES, _NO_LISTS)}
+    return {ARENAS: os.environ.get(ARENAS, "1"), TUNABLES: os.environ.get(TUNABLES, _UNCACHED)}
 
 
 def begin_again() -> None:
-    """Have Python begin anew in this process, without glibc's lists; returns where it has, or where that is no matter.
+    """Have Python begin anew in this process, without tcache and fastbins; returns where it has, or need not.
 
     For one whose forks train, at its very beginning: its command line is read again, and nothing else is kept.
     """
-    if os.environ.get(TUNABLES) == _NO_LISTS:
+    if os.environ.get(TUNABLES) == _UNCACHED:
         del os.environ[TUNABLES]  # what else this process starts, such as Ray's own, is to be as it is
-    elif TUNABLES not in os.environ and _keeps_remainders():
+    elif TUNABLES not in os.environ and keeps_remainders():
         with contextlib.suppress(OSError):
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: _NO_LISTS})
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: _UNCACHED})
 
 
-def _keeps_remainders() -> bool:
+def keeps_remainders() -> bool:
+    """Whether this C library is one of those that need it."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     except (OSError, ValueError):  # another C library

@@ -260,8 +260,9 @@ def test_same_command_after_the_driver_was_asked_to_end_and_after_it_was_killed(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     assert "raylet" not in parents or sys.platform != "linux" or Path("/dev/nvidiactl").exists()
-    if heap._keeps_remainders() and heap.TUNABLES not in os.environ:
-        assert told == [heap.variables()[heap.TUNABLES], None]
+    if heap.keeps_remainders() and heap.TUNABLES not in os.environ:
+        assert told[0] and told[0].startswith("glibc.malloc.tcache_count=0")  # which glibc cuts into its parts
+        assert told[1] is None
     assert refused[0].returncode == 2 and "Traceback" not in refused[0].stderr
     assert f"Another driver is training {run.path}: process {driver.pid} on" in refused[0].stderr
     committed = run.latest().step

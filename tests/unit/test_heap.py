@@ -68,7 +68,7 @@ print(library.mallinfo2().arena - before)
 """
 
 
-@pytest.mark.skipif(not heap._keeps_remainders(), reason="glibc 2.39 and later fill these holes themselves")
+@pytest.mark.skipif(not heap.keeps_remainders(), reason="glibc 2.39 and later fill these holes themselves")
 def test_the_heap_grows_less_where_tensors_fit_into_the_holes_that_others_leave():
     assert int(run(STEPS, **heap.variables())) < 0.85 * int(run(STEPS))
 
@@ -83,7 +83,7 @@ print(os.getpid(), sys.argv[1:], heap.TUNABLES in started, heap.TUNABLES in os.e
 """
 
 
-@pytest.mark.skipif(not heap._keeps_remainders(), reason="glibc 2.39 and later fill these holes themselves")
+@pytest.mark.skipif(not heap.keeps_remainders(), reason="glibc 2.39 and later fill these holes themselves")
 def test_a_process_begins_again_once_and_what_it_starts_is_as_usual(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(BEGIN)
