@@ -141,14 +141,15 @@ def manta(job: dict[str, Any]) -> dict[str, Any]:
     from manta.simulation import Shape
     from manta.trainer import MantaTrainer, training_arguments
 
-    folder, dtype = Path(job["folder"]), getattr(torch, job.get("dtype", "bfloat16"))
+    folder, precision = Path(job["folder"]), job.get("dtype", "bfloat16")
+    dtype = getattr(torch, precision)
     base_of(job["shape"], "meta", dtype, "sdpa").config.save_pretrained(folder / "model")
     config = Config.from_dict(
         {
             "hf_model_id": str(folder / "model"), "full_ft": job["full_ft"], "max_steps": job["steps"],
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "lora_rank": 16, "lora_alpha": 16,
             "lora_dropout": 0, "lora_target_modules": TARGETS, "packing": True, "max_seq_length": job["capacity"],
-            "logging_steps": 1, "eval_steps": 0, "dtype": job.get("dtype", "bfloat16"), "dataloader_num_workers": 0,
+            "logging_steps": 1, "eval_steps": 0, "dtype": precision, "dataloader_num_workers": 0,
             "results_dir": str(folder / "results"),
         }
     )  # fmt: skip

@@ -27,7 +27,7 @@ UNITE = "from manta import heap\nheap.unite()\n"
     ],
 )
 def test_threads_share_a_heap_where_nothing_else_is_said(variables, first, shared):
-    assert run(f"{first}{HAS_ONE_HEAP}\nprint(has_one_heap())", **variables) == shared
+    assert run("-c", f"{first}{HAS_ONE_HEAP}\nprint(has_one_heap())", **variables) == shared
 
 
 def test_what_the_user_said_of_heaps_reaches_the_workers(monkeypatch):
@@ -41,10 +41,11 @@ def test_what_the_user_said_of_heaps_reaches_the_workers(monkeypatch):
     assert heap.variables() == theirs
 
 
-def run(code: str, **variables: str) -> str:
+def run(*arguments: str, **variables: str) -> str:
+    """What Python prints, told of heaps only what `variables` say."""
     names = (heap.ARENAS, heap.TUNABLES)
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -70,7 +71,7 @@ print(library.mallinfo2().arena - before)
 
 @pytest.mark.skipif(not heap.keeps_remainders(), reason="glibc 2.39 and later fill these holes themselves")
 def test_the_heap_grows_less_where_tensors_fit_into_the_holes_that_others_leave():
-    assert int(run(STEPS, **heap.variables())) < 0.85 * int(run(STEPS))
+    assert int(run("-c", STEPS, **heap.variables())) < 0.85 * int(run("-c", STEPS))
 
 
 BEGIN = """
@@ -87,13 +88,8 @@ print(os.getpid(), sys.argv[1:], heap.TUNABLES in started, heap.TUNABLES in os.e
 def test_a_process_begins_again_once_and_what_it_starts_is_as_usual(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(BEGIN)
-    clean = {name: value for name, value in os.environ.items() if name != heap.TUNABLES}
-    command = [sys.executable, script, "train", "--run_name", "a b"]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
-    first, again, last = done.stdout.splitlines()
+    command = [str(script), "train", "--run_name", "a b"]
+    first, again, last = run(*command).splitlines()
     assert first == again and last == f"{first} ['train', '--run_name', 'a b'] True False"
-
-    said = {**clean, heap.TUNABLES: "glibc.malloc.perturb=1"}  # by the user
-    done = subprocess.run(command, env=said, capture_output=True, text=True, check=True)
-    first, last = done.stdout.splitlines()
+    first, last = run(*command, **{heap.TUNABLES: "glibc.malloc.perturb=1"}).splitlines()  # said by the user
     assert last == f"{first} ['train', '--run_name', 'a b'] True True"
